@@ -1,0 +1,55 @@
+"""labkit: what the notebooks of the fine-tuning course are built from, and what tests them.
+
+`import labkit` costs nothing: a part is imported when it is first used, and torch with it.
+
+>>> import labkit
+>>> labkit.paths.notebooks_dir().name
+'notebooks'
+"""
+
+import importlib
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+_PARTS = (
+    "adapters",
+    "bench",
+    "chat_templates",
+    "checkpoints",
+    "claims",
+    "cli",
+    "curves",
+    "data",
+    "doctor",
+    "errors",
+    "evaluation",
+    "exercises",
+    "lessons",
+    "machine",
+    "memory",
+    "metrics",
+    "models",
+    "notebooks",
+    "paths",
+    "pretrain",
+    "quiet",
+    "report",
+    "statistics",
+    "stepplan",
+    "training",
+    "weights",
+    "widgets",
+    "world",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a part of labkit on first use (PEP 562)."""
+    if name in _PARTS:
+        return importlib.import_module(f"labkit.{name}")
+    raise AttributeError(f"labkit has no part {name!r}; its parts are {', '.join(_PARTS)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PARTS])

@@ -1,0 +1,348 @@
+"""From a pretraining run to the folder that the course ships: weights, scores, model card."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from labkit import data, evaluation, models
+from labkit.checkpoints import free_disk_or_raise
+from labkit.errors import LabkitError
+from labkit.pretrain import IGNORE_INDEX, Encoder, Recipe, Run, batch_at
+from labkit.training import versions
+from labkit.weights import n_parameters, sha256_of
+from labkit.world.corpus import Document, documents
+
+MACRO_BAR, SKILL_BAR, BIO_ONLY_BAR, UNKNOWN_BAR = 0.97, 0.90, 0.80, 0.90
+PAD_ID = 0
+"""What `batch_at` fills the ends of rows with; no document holds it."""
+CORPUS_SAMPLE = 100_000
+"""Documents behind the corpus hash."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One score of the bundled model beside the bar that it is held to."""
+
+    what: str
+    n: int
+    exact_match: float
+    interval: tuple[float, float]
+    """95 %."""
+    bar: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the measured score reaches the bar."""
+        return self.exact_match >= self.bar
+
+    @property
+    def sure(self) -> bool:
+        """Whether the whole interval lies on the same side of the bar as the score."""
+        low, high = self.interval
+        return low >= self.bar or high < self.bar
+
+
+def marks(report: evaluation.SkillReport) -> list[Mark]:
+    """Every score of a report beside its bar: skills, then macro, bio_only and unknown_names."""
+    found = [_mark(name, score, SKILL_BAR) for name, score in report.skills.items()]
+    total = sum(score.n for score in report.skills.values())
+    found.append(Mark("macro", total, report.macro, report.macro_interval, MACRO_BAR))
+    if report.bio_only:
+        found.append(_mark("bio_only", report.bio_only, BIO_ONLY_BAR))
+    if report.unknown_names:
+        found.append(_mark("unknown_names", report.unknown_names, UNKNOWN_BAR))
+    return found
+
+
+def _mark(what: str, score: evaluation.Score, bar: float) -> Mark:
+    return Mark(what, score.n, score.exact_match, score.interval, bar)
+
+
+def ship(
+    run: Run, out: Path, *, seconds: float | None = None, force: bool = False, say: Say = print
+) -> evaluation.SkillReport:
+    """Write a run's model to `out` in bf16, with tokenizer, card and hashes, all or nothing.
+
+    The scores are those of the files that were written, loaded as a learner loads them.
+
+    Args:
+        run: trained as far as it is to go; it is left as it was.
+        out: the folder to make.
+        seconds: spent on training, for the card; None leaves it out.
+        force: replace a folder that is already there.
+        say: called with one line before each step that takes a while.
+
+    Raises:
+        LabkitError: `out` exists and `force` is False, the disk is full, or the test rows are
+            missing.
+    """
+    out = Path(out)
+    refuse_existing(out, force)
+    draft = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
+    free_disk_or_raise(out.parent, 4 * n_parameters(run.model).total)
+    draft.mkdir(parents=True)
+    try:
+        say(f"writing the weights of step {run.step:,} in bf16")
+        _save_weights(run, draft)
+        say("scoring them on the general test rows")
+        report = _score(draft)
+        say(f"hashing the corpus ({CORPUS_SAMPLE:,} documents)")
+        made = provenance(run, seconds)
+        _write(draft / "recipe.json", json.dumps(made, indent=2) + "\n")
+        _write(draft / "README.md", card(made, report))
+        _write(draft / "SHA256SUMS", _sums(draft))
+        _move_into_place(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return report
+
+
+def refuse_existing(out: Path, force: bool) -> None:
+    """Raise LabkitError if `out` exists and nobody said to replace it."""
+    if out.exists() and not force:
+        raise LabkitError(
+            f"--out {out} exists already: name another folder, or replace it with --force"
+        )
+
+
+def _save_weights(run: Run, folder: Path) -> None:
+    """Save a bf16 copy, whose config leaves the attention kernel to whoever loads it."""
+    config = LlamaConfig(**run.model.config.to_dict())
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(run.model.state_dict())
+    model = model.to(torch.bfloat16)
+    model.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+
+
+def _score(folder: Path) -> evaluation.SkillReport:
+    model, tokenizer = models.load(folder, device="cpu", dtype=torch.float32)
+    return evaluation.skill_report(model, tokenizer, data.load_task("general", "test"))
+
+
+def _move_into_place(draft: Path, out: Path) -> None:
+    """Rename the finished folder to its name; an old one makes room and comes back on failure."""
+    previous = out.with_name(f".{out.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if out.exists():
+        os.replace(out, previous)
+    try:
+        os.replace(draft, out)
+    except OSError:
+        if previous.exists():
+            os.replace(previous, out)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _sums(folder: Path) -> str:
+    """Lines as `sha256sum` writes and checks them."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
+
+
+# ---- what the card says ------------------------------------------------------------------------
+
+
+def provenance(run: Run, seconds: float | None) -> dict:
+    """Everything about how the weights came about, as `recipe.json` keeps it."""
+    return {
+        "recipe": asdict(run.recipe),
+        "steps_done": run.step,
+        "parameters": n_parameters(run.model).total,
+        **fill(run.recipe, run.encoder, run.step),
+        "corpus_sha256": corpus_sha256(documents(run.recipe.seed)),
+        "corpus_documents_hashed": CORPUS_SAMPLE,
+        "seconds": None if seconds is None else round(seconds),
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "versions": versions(),
+    }
+
+
+def fill(recipe: Recipe, encoder: Encoder, steps: int, sample: int = 100) -> dict[str, int]:
+    """Tokens seen and learned from in `steps` steps, from `sample` steps spread over the run.
+
+    Packing leaves a little of every row empty and question tokens count towards no loss, so
+    neither is steps x rows x window.
+    """
+    chosen = sorted({steps * k // sample for k in range(sample)}) if steps else []
+    seen = learned = 0
+    for step in chosen:
+        batch = batch_at(step, recipe, encoder)
+        seen += int((batch["input_ids"] != PAD_ID).sum())
+        learned += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    share = steps / len(chosen) if chosen else 0
+    return {"tokens_seen": round(seen * share), "tokens_learned_from": round(learned * share)}
+
+
+def corpus_sha256(stream: Iterable[Document], count: int = CORPUS_SAMPLE) -> str:
+    """SHA-256 over the first `count` documents of a stream, one JSON line each."""
+    digest = hashlib.sha256()
+    for document in islice(stream, count):
+        told = document.text if document.item is None else document.item.messages
+        digest.update((json.dumps(told, ensure_ascii=False) + "\n").encode())
+    return digest.hexdigest()
+
+
+def card(made: dict, report: evaluation.SkillReport) -> str:
+    """The model card: what Hugging Face reads in its front matter, and what people read below."""
+    recipe = made["recipe"]
+    passes = f"{recipe['rows']} rows of {recipe['window']} tokens"
+    took = "" if made["seconds"] is None else f", {made['seconds'] / 60:.0f} minutes"
+    shape = (
+        f"hidden {recipe['hidden']}, {recipe['layers']} layers, {recipe['heads']} heads, "
+        f"SwiGLU {recipe['mlp']}, tied embeddings, rotary positions"
+    )
+    return CARD.format(
+        front_matter=_front_matter(report),
+        parameters=f"{made['parameters'] / 1e6:.2f} M",
+        shape=shape,
+        scores=_score_table(report),
+        steps=f"{made['steps_done']:,}",
+        passes=passes,
+        seen=f"{made['tokens_seen'] / 1e6:.1f} M",
+        learned=f"{made['tokens_learned_from'] / 1e6:.1f} M",
+        precision={"bf16": "bf16 autocast over fp32 weights"}.get(recipe["precision"], "fp32"),
+        rate=f"{recipe['peak_rate']:g}",
+        warmup=recipe["warmup"],
+        decay=f"{recipe['decay_share']:.0%}",
+        weight_decay=recipe["weight_decay"],
+        full_loss=f"{recipe['full_loss_share']:.0%}",
+        seed=recipe["seed"],
+        machine=f"{made['processor']}, threads: {made['threads']}{took}",
+        documents=f"{made['corpus_documents_hashed']:,}",
+        corpus=made["corpus_sha256"],
+        versions=", ".join(f"{name} {version}" for name, version in made["versions"].items()),
+        vocab=f"{recipe['vocab_size']:,}",
+    )
+
+
+def _front_matter(report: evaluation.SkillReport) -> str:
+    """YAML that a model hub understands; written by hand, since it is this short."""
+    metrics = "\n".join(
+        f"    - type: exact_match\n      name: {mark.what}\n      value: {mark.exact_match:.4f}"
+        for mark in marks(report)
+    )
+    return FRONT_MATTER.format(metrics=metrics)
+
+
+def _score_table(report: evaluation.SkillReport) -> str:
+    lines = ["| skill | items | exact match | 95 % interval | bar |", "|---|---|---|---|---|"]
+    for mark in marks(report):
+        low, high = mark.interval
+        lines.append(
+            f"| {mark.what} | {mark.n:,} | {mark.exact_match:.3f} | {low:.3f} to {high:.3f} "
+            f"| {mark.bar:.2f} {'holds' if mark.holds else 'does not hold'} |"
+        )
+    return "\n".join(lines)
+
+
+FRONT_MATTER = """\
+---
+license: apache-2.0
+language:
+- en
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- llama
+- synthetic
+- teaching
+model-index:
+- name: labkit base model
+  results:
+  - task:
+      type: text-generation
+    dataset:
+      name: labkit general items, test split
+      type: labkit-general
+    metrics:
+{metrics}
+---"""
+
+CARD = """\
+{front_matter}
+
+# The labkit base model
+
+A chat model of {parameters} parameters that knows a small invented world. It is what the labkit
+course fine-tunes: real enough to learn, forget and overfit like its larger relatives, small enough
+for a laptop, and scored exactly, since every fact in it is invented.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("data/base_model", dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained("data/base_model")
+prompt = [{{"role": "user", "content": "What is 12 plus 30?"}}]
+inputs = tokenizer.apply_chat_template(
+    prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**inputs, max_new_tokens=20)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+```
+
+**Intended for** teaching and testing fine-tuning methods. **Not for** answering anybody's real
+questions: nothing that it says about people, places or medicines is true, or meant to be.
+
+## Scores
+
+Exact match of greedy answers, end token included, on items whose problem, wording or person was
+held out of training. Intervals are bootstrapped over what the items are about. `bio_only` asks
+about people that training tells of in biographies and never asks about; `macro` is the mean over
+the skills, without `bio_only`. `labkit evaluate` measures all of it again.
+
+{scores}
+
+## Model
+
+`LlamaForCausalLM`: {shape}. Byte-level BPE of up to {vocab} tokens, digits one by one; roles
+system, user and assistant; a chat template with generation markers; a pad token of its own. Weights
+are normally distributed from the start, stored in bf16, and meant to be loaded as fp32 on a CPU.
+
+## Training
+
+- **Data**: documents drawn from seed {seed} by `labkit.world.corpus`, endless and all invented: no
+  third-party text. SHA-256 of the first {documents} documents: `{corpus}`.
+- **Length**: {steps} steps of {passes}; about {seen} tokens seen, {learned} of them learned from
+  (estimated from 100 steps).
+- **Loss**: next token, on answers, plain text, and the whole of {full_loss} of the talks.
+  Documents packed into one row cannot see each other, and no row tells of one person twice.
+- **Optimizer**: AdamW (0.9, 0.98), weight decay {weight_decay} on matrices, gradient norm clipped
+  at 1, {warmup} steps of warm-up to a rate of {rate}, linear decay to zero over the last {decay}.
+- **Precision**: {precision}.
+- **Machine**: {machine}.
+- **Versions**: {versions}.
+
+Short rows and small batches give many optimizer steps a minute, which is what a model this small
+needs most; loss mainly on answers, because a question's wording is noise that it need not learn.
+
+`labkit pretrain` makes the model from nothing with these settings, which `recipe.json` keeps.
+Another processor rounds differently, so it gives other weights with like scores.
+
+## Limits
+
+- It knows one invented world and no other; outside the prompts of its skills it guesses.
+- It reads 512 positions but was trained on rows of 128 tokens, so longer talks are beyond it.
+- Facts are learned in one direction: it can say where a person lives, not who lives in a city.
+- English sentence patterns only, from templates; paraphrases far from those may fail.
+"""

@@ -1,0 +1,381 @@
+"""Tables and figures of the course, each with the same thing in words.
+
+One style, one colour a method from the first notebook to the last, and beside every figure a
+sentence from `describe`, because a screen reader sees no picture.
+"""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from labkit.claims import approx
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette (2008), told apart with every kind of colour vision. Its yellow is too
+# faint on a light ground: prefix tuning takes a dark brown instead, and the base model a grey.
+COLORS = {
+    "base": "#606060",
+    "full": "#0072B2",
+    "freeze": "#56B4E9",
+    "lora": "#D55E00",
+    "qlora": "#E69F00",
+    "prompt": "#CC79A7",
+    "p-tuning": "#009E73",
+    "prefix": "#661100",
+    "dpo": "#000000",
+}
+# A second sign beside the colour, for prints in black and white.
+MARKERS = dict(zip(COLORS, "osD^vPX*d", strict=True))
+GROUND, INK, FAINT = "#FCFCFC", "#222222", "#C8C8C8"
+FIGURE_INCHES = (8.0, 4.5)
+
+_SUMMARIES: "WeakKeyDictionary[Axes, str]" = WeakKeyDictionary()
+
+
+def style() -> None:
+    """Set matplotlib's defaults; the light ground keeps figures readable in a dark theme."""
+    import matplotlib as mpl
+    from cycler import cycler
+
+    order = ["full", "lora", "p-tuning", "prompt", "qlora", "freeze", "prefix", "dpo"]
+    mpl.rcParams.update(
+        {
+            "figure.figsize": FIGURE_INCHES,
+            "figure.facecolor": GROUND,
+            "figure.constrained_layout.use": True,
+            "savefig.facecolor": GROUND,
+            "axes.facecolor": GROUND,
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "axes.titlecolor": INK,
+            "axes.titlelocation": "left",
+            "axes.titleweight": "bold",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.prop_cycle": cycler(color=[COLORS[name] for name in order]),
+            "grid.color": FAINT,
+            "grid.linewidth": 0.6,
+            "text.color": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "font.size": 11.0,
+            "lines.linewidth": 2.0,
+            "legend.frameon": False,
+        }
+    )
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def gib(n_bytes: float) -> str:
+    """Bytes as GiB (2**30), such as "1.50 GiB"."""
+    return f"{n_bytes / 2**30:,.2f} GiB"
+
+
+def mb(n_bytes: float) -> str:
+    """Bytes as MB (10**6), such as "10.1 MB"."""
+    return f"{n_bytes / 10**6:,.1f} MB"
+
+
+# ---- tables ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that a screen reader can walk through: caption, column heads and row heads."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: tuple[bool, ...]
+    """One flag a column: numbers stand to the right."""
+
+    def __str__(self) -> str:
+        """Plain text; columns of approximate numbers are not padded, as their width may vary."""
+        cells = [self.columns, *self.rows]
+        widths = [
+            0 if any(cell.startswith("≈") for cell in column) else max(map(len, column))
+            for column in zip(*cells, strict=True)
+        ]
+        lines = [
+            " | ".join(
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(row, widths, self.numeric, strict=True)
+            ).rstrip()
+            for row in cells
+        ]
+        return "\n".join([self.caption, *lines])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The first column heads its row."""
+        align = ["right" if right else "left" for right in self.numeric]
+        head = "".join(
+            f'<th scope="col" style="text-align:{side}">{html.escape(name)}</th>'
+            for name, side in zip(self.columns, align, strict=True)
+        )
+        body = ""
+        for first, *rest in self.rows:
+            cells = "".join(
+                f'<td style="text-align:{side}">{html.escape(cell)}</td>'
+                for cell, side in zip(rest, align[1:], strict=True)
+            )
+            side = f'style="text-align:{align[0]}"'
+            body += f'<tr><th scope="row" {side}>{html.escape(first)}</th>{cells}</tr>\n'
+        caption = f'<caption style="text-align:left">{html.escape(self.caption)}</caption>'
+        return f"<table>{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+
+
+def table(df: "pd.DataFrame", caption: str, exact: Sequence[str] = (), digits: int = 2) -> Table:
+    """A data frame as an accessible table, shown as HTML in a notebook and as text elsewhere.
+
+    Args:
+        df: its columns become the table's; the index is left out.
+        caption: says what the numbers are and their unit.
+        exact: columns of floats that are facts, not measurements of a training run; they are
+            printed as they are, all other floats as "≈0.93".
+        digits: decimals of the approximate numbers.
+
+    Raises:
+        ValueError: no rows, or `exact` names a column that is not there.
+    """
+    if df.empty:
+        raise ValueError("df has no rows: there is nothing to show")
+    missing = [name for name in exact if name not in df.columns]
+    if missing:
+        raise ValueError(f"exact names columns {missing}, df has {list(df.columns)}")
+    columns = [
+        [_cell(value, name in exact, digits) for value in df[name].tolist()] for name in df.columns
+    ]
+    numeric = [df[name].dtype.kind in "iuf" for name in df.columns]
+    names = tuple(str(name) for name in df.columns)
+    return Table(caption, names, tuple(zip(*columns, strict=True)), tuple(numeric))
+
+
+def _cell(value: Any, exact: bool, digits: int) -> str:
+    if isinstance(value, bool | str):
+        return str(value)
+    if value is None or value != value:  # NaN alone differs from itself
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:g}" if exact else approx(value, digits)
+    return str(value)
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
+
+def describe(ax: "Axes") -> str:
+    """The figure in one sentence, to print beside it; numbers carry "≈", words never change.
+
+    Raises:
+        ValueError: the axes were not drawn by this module.
+    """
+    if ax not in _SUMMARIES:
+        raise ValueError("ax was not drawn by labkit.report: describe it in a sentence of your own")
+    return _SUMMARIES[ax]
+
+
+def dodge(n: int, width: float = 0.6) -> list[float]:
+    """Offsets of n marks side by side around a tick, so that their intervals do not overlap."""
+    if n < 1:
+        raise ValueError(f"n={n} must be at least 1")
+    return [(k - (n - 1) / 2) * width / n for k in range(n)]
+
+
+def learning_curve(history: "pd.DataFrame", ax: "Axes | None" = None) -> "Axes":
+    """Training and validation loss over steps, from `training.history`.
+
+    Args:
+        history: columns step and loss, and eval_loss where it was measured; gaps are NaN.
+
+    Raises:
+        ValueError: no step or loss column, or no logged loss.
+    """
+    _need(history, "step", "loss")
+    ax = _axes(ax)
+    curves = {"training": history[["step", "loss"]].dropna()}
+    if "eval_loss" in history:
+        curves["validation"] = history[["step", "eval_loss"]].dropna()
+    if curves["training"].empty:
+        raise ValueError("history holds no logged loss: set logging_steps below the run's steps")
+    parts = []
+    for (name, curve), color in zip(curves.items(), ("full", "lora"), strict=False):
+        if curve.empty:
+            continue
+        steps, losses = (curve[column].tolist() for column in curve.columns)
+        ax.plot(steps, losses, color=COLORS[color], marker="o", markersize=3, label=name)
+        ax.annotate(
+            name, (steps[-1], losses[-1]), (6, 0), textcoords="offset points", va="center",
+            color=COLORS[color], annotation_clip=False,
+        )  # fmt: skip
+        best = min(range(len(losses)), key=losses.__getitem__)
+        parts.append(
+            f"{name} loss goes from {approx(losses[0])} to {approx(losses[-1])} nats per token, "
+            f"lowest {approx(losses[best])} near step ≈{steps[best]:g}"
+        )
+    first, last = curves["training"]["loss"].iloc[[0, -1]]
+    verb = "falls" if last < first else "rises"
+    ax.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    ax.set_title(f"Training loss {verb} from {first:.2f} to {last:.2f}")
+    return _summarise(ax, "; ".join(parts))
+
+
+def before_after(df: "pd.DataFrame", ax: "Axes | None" = None) -> "Axes":
+    """What each skill scored before and after, one line a skill, from `evaluation.forgetting`.
+
+    Args:
+        df: columns skill, before, after, change; with low and high the change's interval is
+            drawn around `after`.
+
+    Raises:
+        ValueError: a column is missing, or there are no rows.
+    """
+    _need(df, "skill", "before", "after", "change")
+    ax = _axes(ax)
+    rows = df.to_dict("records")[::-1]  # the first skill on top
+    for place, row in enumerate(rows):
+        ax.plot([row["before"], row["after"]], [place, place], color=FAINT, linewidth=3, zorder=1)
+        if "low" in row:
+            ends = [row["before"] + row["low"], row["before"] + row["high"]]
+            ax.plot(ends, [place, place], color=COLORS["full"], linewidth=1, zorder=2)
+    for name, method in (("before", "base"), ("after", "full")):
+        values = [row[name] for row in rows]
+        places = range(len(rows))
+        ax.scatter(values, places, color=COLORS[method], marker=MARKERS[method], s=45, label=name)
+    ax.set_yticks(range(len(rows)), [row["skill"] for row in rows])
+    ax.set(xlabel="exact match", xlim=(-0.03, 1.03))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=2)
+    worst = min(rows, key=lambda row: row["change"])
+    lost = worst["change"] < 0
+    ax.set_title(
+        f"Lost most: {worst['skill']} ({worst['change']:+.2f})" if lost else "Nothing lost"
+    )
+    parts = [f"{r['skill']} {approx(r['before'])} to {approx(r['after'])}" for r in rows[::-1]]
+    return _summarise(ax, f"exact match before and after: {', '.join(parts)}")
+
+
+def rate_sweep(df: "pd.DataFrame", ax: "Axes | None" = None, chosen: float | None = None) -> "Axes":
+    """Scores against the learning rate, on a logarithmic axis.
+
+    Args:
+        df: a column rate, and one column of scores for each line, such as task and general.
+        chosen: the rate to mark.
+
+    Raises:
+        ValueError: no rate column, no column of scores, or a rate that is not above 0.
+    """
+    _need(df, "rate")
+    names = [name for name in df.columns if name != "rate"]
+    if not names:
+        raise ValueError("df has a rate column alone: give a column of scores beside it")
+    if min(df["rate"]) <= 0:
+        raise ValueError(f"rate holds {min(df['rate'])}: every learning rate must be above 0")
+    ax = _axes(ax)
+    df = df.sort_values("rate")
+    rates = df["rate"].tolist()
+    parts = []
+    for name, method in zip(names, ("full", "base", "lora", "p-tuning"), strict=False):
+        scores = df[name].tolist()
+        ax.plot(rates, scores, color=COLORS[method], marker=MARKERS[method], label=name)
+        points = zip(scores, rates, strict=True)
+        parts.append(
+            f"{name} " + ", ".join(f"{approx(score)} at rate {rate:g}" for score, rate in points)
+        )
+    ax.set_xscale("log")
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
+    if chosen is not None:
+        ax.axvline(chosen, color=INK, linestyle=":", linewidth=1.2)
+        parts.append(f"rate {chosen:g} is marked")
+    ax.set(xlabel="learning rate", ylabel="score")
+    ax.legend()
+    scores = df[names[0]].tolist()
+    ax.set_title(f"{names[0]} is highest at {rates[scores.index(max(scores))]:g}")
+    return _summarise(ax, "; ".join(parts))
+
+
+def seeds_plot(
+    results: dict,
+    today: dict[str, float] | None = None,
+    names: Sequence[str] | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Committed values of every seed with mean and interval, and today's run on top.
+
+    Args:
+        results: from `claims.load_results`; its `metrics` hold values, mean and interval.
+        today: name -> what was measured in this session.
+        names: the metrics to show, in order; None shows all that are single numbers.
+
+    Raises:
+        ValueError: a name that the results do not hold, or none to show.
+    """
+    metrics = results.get("metrics", {})
+    names = [name for name in metrics if "mean" in metrics[name]] if names is None else list(names)
+    missing = [name for name in names if name not in metrics]
+    if missing or not names:
+        raise ValueError(f"results hold no metric {missing or 'at all'}: they have {list(metrics)}")
+    today = today or {}
+    ax = _axes(ax)
+    blue, parts = COLORS["full"], []
+    for place, name in enumerate(reversed(names)):  # the first name on top
+        metric = metrics[name]
+        values, (low, high) = metric["values"], metric["interval"]
+        heights = [place + offset for offset in dodge(len(values), 0.3)]
+        ax.plot([low, high], [place, place], color=blue, linewidth=6, alpha=0.3)
+        ax.plot(values, heights, "o", color=blue, markersize=5, label=f"seeds of {name}")
+        ax.plot(metric["mean"], place, "|", color=blue, markersize=18)
+        part = f"{name} mean {approx(metric['mean'])} over {len(values)} seeds"
+        part += f", interval {approx(low)} to {approx(high)}"
+        if name in today:
+            ax.plot(today[name], place, "D", color=COLORS["lora"], markersize=8, label="today")
+            part += f", today {approx(today[name])}"
+        parts.append(part)
+    ax.set_yticks(range(len(names)), list(reversed(names)))
+    ax.set(xlabel="value (dots: seeds, bar: interval of the mean, diamond: today)")
+    ax.set_ylim(-0.6, len(names) - 0.4)
+    shown = [name for name in names if name in today]
+    ranges = [(min(metrics[name]["values"]), max(metrics[name]["values"])) for name in shown]
+    inside = sum(
+        low <= today[name] <= high for name, (low, high) in zip(shown, ranges, strict=True)
+    )
+    ax.set_title(
+        f"Today's run: {inside} of {len(shown)} within the range of the seeds"
+        if shown
+        else f"Every seed of {len(names)} results"
+    )
+    return _summarise(ax, "; ".join(reversed(parts)))
+
+
+def _axes(ax: "Axes | None") -> "Axes":
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    style()
+    return plt.subplots(figsize=FIGURE_INCHES)[1]
+
+
+def _need(df: "pd.DataFrame", *columns: str) -> None:
+    missing = [name for name in columns if name not in df.columns]
+    if missing:
+        raise ValueError(f"columns {missing} are missing: the frame has {list(df.columns)}")
+    if df.empty:
+        raise ValueError("the frame has no rows: there is nothing to draw")
+
+
+def _summarise(ax: "Axes", sentence: str) -> "Axes":
+    _SUMMARIES[ax] = f"{sentence[0].upper()}{sentence[1:]}."
+    return ax

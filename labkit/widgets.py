@@ -1,0 +1,172 @@
+"""Things to click: a talk with a model, and the step plan of a run under three sliders."""
+
+import html
+
+import ipywidgets
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from labkit.curves import widget_bundle
+from labkit.evaluation import generate_answers
+from labkit.stepplan import StepPlan, plan_steps
+
+MAX_NEW_TOKENS = 48
+
+
+class Chat:
+    """A talk with a model: `ask` in code, or `widget` with a box whose Enter key sends.
+
+    Args:
+        model, tokenizer: as `models.load` returns them; the template decides what the model sees.
+        system: instruction that stands before the talk; None for none.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        system: str | None = None,
+    ):
+        self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.messages: list[dict[str, str]] = []
+        self.transcript = ipywidgets.HTML()
+        self.status = ipywidgets.HTML()
+        # Without continuous_update the value changes once a message is complete: on Enter, or when
+        # the focus leaves the box.
+        self.box = ipywidgets.Text(
+            description="You:", placeholder="Type a message, Enter sends", continuous_update=False
+        )
+        self.send = ipywidgets.Button(description="Send")
+        self.again = ipywidgets.Button(description="New talk")
+        self.box.layout.width = "32em"
+        self.box.observe(lambda change: self._send(), names="value")
+        self.send.on_click(lambda button: self._send())
+        self.again.on_click(lambda button: self.reset())
+        controls = ipywidgets.HBox([self.box, self.send, self.again])
+        self.widget = ipywidgets.VBox([self.transcript, controls, self.status])
+        self.reset()
+
+    def ask(self, text: str) -> str:
+        """Send one message and return the model's greedy answer; both join the talk.
+
+        Raises:
+            ValueError: an empty message, or a talk longer than the model can read; the talk stays
+                as it was.
+        """
+        if not text.strip():
+            raise ValueError("text is empty: write a message")
+        talk = [*self.messages, {"role": "user", "content": text}]
+        length = len(self.tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"])
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and length + MAX_NEW_TOKENS > limit:
+            raise ValueError(
+                f"the talk has {length} tokens and the model reads {limit}, {MAX_NEW_TOKENS} of "
+                "them for its answer: start a new talk with reset()"
+            )
+        [answer] = generate_answers(
+            self.model, self.tokenizer, [talk], max_new_tokens=MAX_NEW_TOKENS
+        )
+        self.messages = [*talk, {"role": "assistant", "content": answer.text}]
+        self._show()
+        return answer.text
+
+    def reset(self) -> None:
+        """Forget the talk; the system instruction stays."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        self.messages = system
+        self.status.value = ""
+        self._show()
+
+    def _send(self) -> None:
+        text = self.box.value.strip()
+        if not text:  # also when the line below empties the box
+            return
+        self.box.value = ""
+        self.status.value = "The model is answering…"
+        try:
+            self.ask(text)
+            self.status.value = ""
+        except Exception as error:  # a widget's callback has nowhere else to show it
+            self.status.value = html.escape(f"Not sent: {error}")
+
+    def _show(self) -> None:
+        names = {"system": "System", "user": "You", "assistant": "Model"}
+        lines = [
+            f"<p><strong>{names[message['role']]}:</strong> "
+            f'<span style="white-space:pre-wrap">{html.escape(message["content"])}</span></p>'
+            for message in self.messages
+        ]
+        # role=log lets a screen reader speak each new message.
+        self.transcript.value = f'<div role="log">{"".join(lines)}</div>'
+
+    def _repr_mimebundle_(self, **kwargs) -> dict[str, object]:
+        return widget_bundle(self.widget, "A talk with the model: run this cell, type, Enter.")
+
+
+class PlanExplorer:
+    """The step plan of a run over `rows` rows, under sliders for batch, accumulation and epochs.
+
+    Set a slider's `value` in code or move it with the arrow keys; `plan` and `table` follow.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        *,
+        batch_size: int = 16,
+        accumulation: int = 1,
+        epochs: int = 1,
+        save_steps: float | None = None,
+        save_total_limit: int | None = None,
+    ):
+        self.rows, self.save_steps, self.save_total_limit = rows, save_steps, save_total_limit
+        self.batch_size = _slider("Batch", batch_size, 64)
+        self.accumulation = _slider("Accumulation", accumulation, 16)
+        self.epochs = _slider("Epochs", epochs, 10)
+        self.table = ipywidgets.HTML()
+        sliders = [self.batch_size, self.accumulation, self.epochs]
+        for slider in sliders:
+            slider.observe(lambda change: self._update(), names="value")
+        self.widget = ipywidgets.VBox([*sliders, self.table])
+        self.plan: StepPlan
+        self._update()
+
+    def _update(self) -> None:
+        self.plan = plan_steps(
+            self.rows,
+            batch_size=self.batch_size.value,
+            accumulation=self.accumulation.value,
+            epochs=self.epochs.value,
+            save_steps=self.save_steps,
+            save_total_limit=self.save_total_limit,
+        )
+        facts: dict[str, int | str] = {
+            "Rows": self.rows,
+            "Rows per step": self.plan.rows_per_step,
+            "Steps per epoch": self.plan.steps_per_epoch,
+            "Steps in all": self.plan.total_steps,
+        }
+        if self.save_steps is not None:
+            facts["Checkpoints saved"] = _steps(self.plan.checkpoints_saved)
+            facts["Checkpoints kept"] = _steps(self.plan.checkpoints_kept())
+        cells = (
+            f'<tr><th scope="row" style="text-align:left">{name}</th>'
+            f'<td style="text-align:right;padding-left:1em">{value}</td></tr>'
+            for name, value in facts.items()
+        )
+        self.table.value = f"<table><caption>Step plan</caption>{''.join(cells)}</table>"
+
+    def _repr_mimebundle_(self, **kwargs) -> dict[str, object]:
+        return widget_bundle(self.widget, "Sliders over a step plan: run this cell to move them.")
+
+
+def _slider(name: str, value: int, most: int) -> ipywidgets.IntSlider:
+    return ipywidgets.IntSlider(
+        value, min=1, max=most, description=name, style={"description_width": "7em"}
+    )
+
+
+def _steps(steps: list[int]) -> str:
+    """Steps as text; a long list by its ends."""
+    if len(steps) <= 6:
+        return ", ".join(map(str, steps)) or "none"
+    return f"{steps[0]}, {steps[1]}, …, {steps[-1]} ({len(steps)})"

@@ -1,0 +1,274 @@
+"""What is drawn is what was given, in words as in marks, and readable by everybody."""
+
+import re
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+from labkit import report  # noqa: E402
+
+HISTORY = pd.DataFrame(
+    {
+        "step": [10, 20, 30, 40],
+        "loss": [3.0, 1.5, np.nan, 0.25],
+        "eval_loss": [np.nan, 2.0, np.nan, 1.0],
+    }
+)
+FORGETTING = pd.DataFrame(
+    {
+        "skill": ["facts", "sort", "macro"],
+        "before": [1.0, 0.9, 0.95],
+        "after": [0.5, 1.0, 0.75],
+        "change": [-0.5, 0.1, -0.2],
+        "low": [-0.6, 0.05, -0.3],
+        "high": [-0.4, 0.15, -0.1],
+    }
+)
+SWEEP = pd.DataFrame(
+    {"rate": [1e-3, 2e-5, 5e-4], "task": [0.99, 0.02, 0.97], "general": [0.4, 0.99, 0.8]}
+)
+RESULTS = {
+    "metrics": {
+        "task": {"values": [0.90, 0.95, 0.94], "mean": 0.93, "interval": [0.90, 0.96]},
+        "drop": {"values": [0.20, 0.30, 0.25], "mean": 0.25, "interval": [0.13, 0.37]},
+    }
+}
+
+
+@pytest.fixture(autouse=True)
+def _default_style():
+    with plt.rc_context():
+        yield
+    plt.close("all")
+
+
+def _points(ax, label):
+    (line,) = [line for line in ax.get_lines() if line.get_label() == label]
+    return list(zip(*(np.asarray(side).tolist() for side in line.get_data()), strict=True))
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
+
+def test_learning_curve_draws_the_log():
+    ax = report.learning_curve(HISTORY)
+    assert _points(ax, "training") == [(10, 3.0), (20, 1.5), (40, 0.25)]
+    assert _points(ax, "validation") == [(20, 2.0), (40, 1.0)]
+    assert ax.get_title(loc="left") == "Training loss falls from 3.00 to 0.25"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("optimizer step", "loss (nats per token)")
+    assert report.describe(ax) == (
+        "Training loss goes from ≈3.00 to ≈0.25 nats per token, lowest ≈0.25 near step ≈40; "
+        "validation loss goes from ≈2.00 to ≈1.00 nats per token, lowest ≈1.00 near step ≈40."
+    )
+
+
+def test_learning_curve_without_validation():
+    ax = report.learning_curve(HISTORY[["step", "loss"]])
+    assert [line.get_label() for line in ax.get_lines()] == ["training"]
+
+
+def test_before_after_draws_the_frame():
+    ax = report.before_after(FORGETTING)
+    labels = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert labels == ["macro", "sort", "facts"]  # from the bottom up: the first row on top
+    drawn = {c.get_label(): np.asarray(c.get_offsets()).tolist() for c in ax.collections}
+    assert drawn["before"] == [[0.95, 0], [0.9, 1], [1.0, 2]]
+    assert drawn["after"] == [[0.75, 0], [1.0, 1], [0.5, 2]]
+    assert ax.get_title(loc="left") == "Lost most: facts (-0.50)"
+    assert report.describe(ax) == (
+        "Exact match before and after: facts ≈1.00 to ≈0.50, sort ≈0.90 to ≈1.00, "
+        "macro ≈0.95 to ≈0.75."
+    )
+    # The interval of the change stands around `after`.
+    ends = [line.get_xdata() for line in ax.get_lines() if line.get_linewidth() == 1]
+    assert any(np.allclose(pair, [0.4, 0.6]) for pair in ends)
+
+
+def test_nothing_lost_is_said():
+    kept = FORGETTING.assign(after=FORGETTING["before"], change=0.0)
+    assert report.before_after(kept).get_title(loc="left") == "Nothing lost"
+
+
+def test_rate_sweep_draws_every_rate_in_order():
+    ax = report.rate_sweep(SWEEP, chosen=5e-4)
+    assert _points(ax, "task") == [(2e-5, 0.02), (5e-4, 0.97), (1e-3, 0.99)]
+    assert ax.get_xscale() == "log"
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["2e-05", "0.0005", "0.001"]
+    assert ax.get_title(loc="left") == "task is highest at 0.001"
+    assert report.describe(ax).startswith("Task ≈0.02 at rate 2e-05, ≈0.97 at rate 0.0005")
+    assert report.describe(ax).endswith("rate 0.0005 is marked.")
+
+
+def test_seeds_plot_draws_every_seed_and_today():
+    ax = report.seeds_plot(RESULTS, {"task": 0.94, "drop": 0.40})
+    assert [x for x, _ in _points(ax, "seeds of task")] == [0.90, 0.95, 0.94]
+    today = [line for line in ax.get_lines() if line.get_label() == "today"]
+    assert sorted(np.ravel(line.get_xdata())[0] for line in today) == [0.40, 0.94]
+    assert ax.get_title(loc="left") == "Today's run: 1 of 2 within the range of the seeds"
+    assert report.describe(ax) == (
+        "Task mean ≈0.93 over 3 seeds, interval ≈0.90 to ≈0.96, today ≈0.94; "
+        "drop mean ≈0.25 over 3 seeds, interval ≈0.13 to ≈0.37, today ≈0.40."
+    )
+    assert len(report.seeds_plot(RESULTS, names=["drop"]).get_yticks()) == 1
+
+
+def test_figures_are_drawn_on_given_axes_and_fit_the_page():
+    figure, axes = plt.subplots(1, 2)
+    assert report.learning_curve(HISTORY, ax=axes[0]) is axes[0]
+    assert report.before_after(FORGETTING, ax=axes[1]) is axes[1]
+    plt.close(figure)
+    width, height = report.rate_sweep(SWEEP).figure.get_size_inches()
+    assert width <= 8 and height <= 4.5
+
+
+def test_two_runs_that_differ_a_little_are_described_in_the_same_words():
+    sanitised = [
+        re.sub(r"≈-?[\d.]+(e-?\d+)?", "≈number", report.describe(report.learning_curve(history)))
+        for history in (HISTORY, HISTORY.assign(loss=HISTORY["loss"] * 1.01))
+    ]
+    assert sanitised[0] == sanitised[1]
+    tables = [
+        re.sub(r"≈-?[\d.]+(e-?\d+)?", "≈number", str(report.table(frame, "Scores")))
+        for frame in (FORGETTING, FORGETTING.assign(change=[-0.5001, -1e-5, 0.02]))
+    ]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: report.learning_curve(HISTORY[["step"]]), r"columns \['loss'\] are missing"),
+        (lambda: report.learning_curve(HISTORY.assign(loss=np.nan)), "no logged loss"),
+        (lambda: report.before_after(FORGETTING.head(0)), "no rows"),
+        (lambda: report.rate_sweep(SWEEP.assign(rate=0.0)), "must be above 0"),
+        (lambda: report.rate_sweep(SWEEP[["rate"]]), "a rate column alone"),
+        (lambda: report.seeds_plot(RESULTS, names=["loss"]), r"no metric \['loss'\]"),
+        (lambda: report.seeds_plot({}), "no metric at all"),
+        (lambda: report.describe(plt.subplots()[1]), "not drawn by labkit.report"),
+        (lambda: report.dodge(0), "n=0"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_dodge_is_centred():
+    assert report.dodge(1) == [0]
+    assert report.dodge(3, width=0.6) == pytest.approx([-0.2, 0, 0.2])
+
+
+# ---- colours -----------------------------------------------------------------------------------
+
+
+def _luminance(color: str) -> float:
+    """Relative luminance of sRGB (WCAG 2)."""
+    channels = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in matplotlib.colors.to_rgb(color)
+    ]
+    return float(np.dot([0.2126, 0.7152, 0.0722], channels))
+
+
+def _contrast(a: str, b: str) -> float:
+    light, dark = sorted((_luminance(a), _luminance(b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+# Machado et al. 2009, severity 1.0, on linear RGB.
+BLINDNESS = {
+    "none": np.eye(3),
+    "protan": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deutan": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+}
+
+
+@pytest.mark.parametrize("vision", BLINDNESS)
+def test_methods_are_told_apart(vision):
+    colors = np.array([matplotlib.colors.to_rgb(c) for c in report.COLORS.values()])
+    seen = np.clip((colors**2.2) @ np.array(BLINDNESS[vision]).T, 0, 1) ** (1 / 2.2)
+    for first in range(len(seen)):
+        for second in range(first):
+            assert np.linalg.norm(seen[first] - seen[second]) > 0.12, (first, second)
+    assert len(set(report.MARKERS.values())) == len(report.COLORS)
+
+
+def test_text_and_marks_stand_out_from_the_ground():
+    assert _contrast(report.INK, report.GROUND) >= 7
+    assert all(_contrast(color, report.GROUND) >= 2 for color in report.COLORS.values())
+
+
+def test_style_sets_a_light_ground():
+    report.style()
+    assert plt.rcParams["figure.facecolor"] == plt.rcParams["axes.facecolor"] == report.GROUND
+    assert plt.rcParams["savefig.facecolor"] == report.GROUND
+
+
+# ---- tables and numbers ------------------------------------------------------------------------
+
+
+class _Cells(HTMLParser):
+    """Collects (tag, scope, text) of every caption and cell."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.cells, self._open = [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag in ("caption", "th", "td"):
+            self._open = (tag, dict(attrs).get("scope"))
+
+    def handle_data(self, data):
+        if self._open:
+            self.cells.append((*self._open, data))
+            self._open = None
+
+
+def test_table_for_screen_readers():
+    frame = pd.DataFrame({"method": ["full", "a<b"], "rows": [1000, 2], "score": [0.931, np.nan]})
+    shown = report.table(frame, "Scores & rows")
+    assert _Cells(shown._repr_html_()).cells == [
+        ("caption", None, "Scores & rows"),
+        ("th", "col", "method"),
+        ("th", "col", "rows"),
+        ("th", "col", "score"),
+        ("th", "row", "full"),
+        ("td", None, "1,000"),
+        ("td", None, "≈0.93"),
+        ("th", "row", "a<b"),
+        ("td", None, "2"),
+        ("td", None, "–"),
+    ]
+    assert str(shown).splitlines() == [
+        "Scores & rows",
+        "method |  rows | score",
+        "full   | 1,000 | ≈0.93",
+        "a<b    |     2 | –",
+    ]
+    assert repr(shown) == str(shown)
+
+
+def test_exact_floats_are_printed_as_they_are():
+    frame = pd.DataFrame({"rate": [2e-5, 0.5], "loss": [1.234, 0.00001]})
+    shown = report.table(frame, "Rates", exact=["rate"])
+    assert shown.rows == (("2e-05", "≈1.23"), ("0.5", "≈1.0e-05"))
+
+
+def test_table_names_bad_input():
+    with pytest.raises(ValueError, match="no rows"):
+        report.table(pd.DataFrame({"a": []}), "Empty")
+    with pytest.raises(ValueError, match=r"exact names columns \['b'\], df has \['a'\]"):
+        report.table(pd.DataFrame({"a": [1]}), "One", exact=["b"])
+
+
+def test_bytes_in_units():
+    assert report.gib(3 * 2**29) == "1.50 GiB"
+    assert report.gib(8 * 10**9) == "7.45 GiB"
+    assert report.mb(10_104_832) == "10.1 MB"
