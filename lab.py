@@ -244,7 +244,7 @@ def ensure_environment(extras: list[str]) -> None:
         LabFailure: it cannot be made; the message holds the next step.
     """
     key = environment_key()
-    if is_ready(extras, key):
+    if is_ready(extras, key) and not (PREVIOUS.exists() or TRASH.exists()):
         return
     with one_at_a_time() as lock:
         recover()
@@ -285,7 +285,7 @@ def one_at_a_time() -> Iterator[TextIO]:
         lock = open(LOCK, "a+", encoding="utf-8")
     except OSError as error:
         raise LabFailure(
-            f"lab.py cannot write in {ROOT}: {error.strerror}.",
+            f"The course's folder {ROOT} cannot be written: {error.strerror}.",
             "Copy the course to a folder of your own and run lab.py there.",
         ) from error
     with lock:
@@ -437,9 +437,11 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def last_lines(log: Path, count: int = 8) -> str:
-    """The last non-empty lines of a log, indented."""
+    """The last non-empty lines of a log, indented, each cut to 160 characters."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join("    " + line for line in [line for line in lines if line.strip()][-count:])
+    return "\n".join(
+        "    " + line[:160] for line in [line for line in lines if line.strip()][-count:]
+    )
 
 
 def next_step(log: Path) -> str:

@@ -10,11 +10,18 @@
 import importlib
 from types import ModuleType
 
+from labkit.quiet import drop_kernel_notice
+
 __version__ = "0.1.0"
+
+drop_kernel_notice()
 
 _PARTS = (
     "adapters",
+    "badcases",
+    "base_model",
     "bench",
+    "card",
     "chat_templates",
     "checkpoints",
     "claims",

@@ -69,7 +69,7 @@ def train_careless_model(model, tokenizer, seed: int = 0, learning_rate: float =
                 num_train_epochs=1,
                 per_device_train_batch_size=16,
                 assistant_only_loss=True,
-                gradient_checkpointing=False,
+                activation_checkpointing=False,
                 bf16=False,
                 use_cpu=True,
                 seed=seed,

@@ -1,5 +1,6 @@
 """What the course promises about time and memory, measured on this machine."""
 
+import contextlib
 import copy
 import json
 import os
@@ -9,9 +10,9 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from labkit import paths
 from labkit.errors import LabkitError
@@ -19,6 +20,7 @@ from labkit.errors import LabkitError
 MIB = 2**20
 LOGGING_STEPS = 10
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def measure_import(bench: Bench, say: Say) -> None:
     timed = "import time; t = time.perf_counter(); import labkit; print(time.perf_counter() - t)"
     seconds = [float(_python("-c", timed)) for _ in range(5)]
     bench.rows.append(Row("import labkit", statistics.median(seconds), "s", 0.3))
-    seconds = [_seconds(lambda: _python("-m", "labkit.cli", "--help")) for _ in range(5)]
+    seconds = [_timed(_python, "-m", "labkit.cli", "--help")[1] for _ in range(5)]
     bench.rows.append(Row("labkit --help, as a process", statistics.median(seconds), "s", 0.3))
 
 
@@ -97,7 +99,7 @@ def measure_start(bench: Bench, say: Say) -> None:
     with tempfile.TemporaryDirectory() as folder:
         code = _SECOND_START.format(root=str(paths.root()), target=folder)
         _python("-c", code)  # a first start fills the workbook
-        seconds = statistics.median(_seconds(lambda: _python("-c", code)) for _ in range(3))
+        seconds = statistics.median(_timed(_python, "-c", code)[1] for _ in range(3))
     bench.rows.append(Row("second start of lab.py, before JupyterLab", seconds, "s", 3))
 
 
@@ -133,10 +135,11 @@ def _python(*arguments: str) -> str:
     return done.stdout
 
 
-def _seconds(action: Callable[[], object]) -> float:
+def _timed(action: Callable[..., T], *arguments: Any) -> tuple[T, float]:
+    """What an action gives, and the seconds it took."""
     start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+    result = action(*arguments)
+    return result, time.perf_counter() - start
 
 
 # ---- scoring -----------------------------------------------------------------------------------
@@ -150,25 +153,26 @@ def measure_scoring(bench: Bench, say: Say) -> None:
     rows = spread(data.load_task("general", "test"), 1000)
     scored = compare_scoring(model, tokenizer, rows, say)
     what = f"scoring {len(rows):,} answers"
-    bench.rows += [
-        Row(f"{what}: generate / one pass", scored.ratio, "times faster", 10, at_least=True),
-        Row(f"{what}: same verdicts", scored.agreeing, "answers", len(rows), at_least=True),
-    ]
+    faster = {"one by one": scored.one_by_one_ratio, "in batches": scored.batched_ratio}
+    for how, ratio in faster.items():
+        bench.rows.append(
+            Row(f"{what}: than generate, {how}", ratio, "times faster", 10, at_least=True)
+        )
+    bench.rows.append(
+        Row(f"{what}: same verdicts", scored.agreeing, "answers", len(rows), at_least=True)
+    )
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """The same verdicts reached in two ways."""
+    """The same verdicts reached in three ways; ratios are medians over chunks of rows."""
 
-    scored_seconds: float
-    generated_seconds: float
+    one_by_one_ratio: float
+    """How many times faster scoring is than `generate`, one prompt after the other."""
+    batched_ratio: float
+    """The same for `generate` on padded batches."""
     agreeing: int
-    """Rows on which both ways say the same."""
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster scoring is."""
-        return self.generated_seconds / self.scored_seconds
+    """Rows on which all three say the same."""
 
 
 def spread(rows: Sequence[dict], count: int) -> list[dict]:
@@ -177,28 +181,35 @@ def spread(rows: Sequence[dict], count: int) -> list[dict]:
     return [rows[k * len(rows) // count] for k in range(count)]
 
 
-def compare_scoring(model, tokenizer, rows: list[dict], say: Say = print) -> Scoring:
-    """Time `exact_matches` against `generate_answers` on the same rows and batches."""
+def compare_scoring(
+    model, tokenizer, rows: list[dict], say: Say = print, chunks: int = 10
+) -> Scoring:
+    """Time `exact_matches` against `generate_answers` in turns, on chunks of the same rows."""
     from labkit.evaluation import exact_matches, generate_answers
 
-    prompts = [row["messages"][:-1] for row in rows]
     gold = [row["messages"][-1]["content"].strip() for row in rows]
-    longest = max(len(ids) for ids in tokenizer(gold, add_special_tokens=False)["input_ids"])
-    exact_matches(model, tokenizer, rows[:64], batch_size=64)  # sets the kernels up
-
-    start = time.perf_counter()
-    verdicts = exact_matches(model, tokenizer, rows, batch_size=64)
-    scored_seconds = time.perf_counter() - start
-
-    say(f"generating {len(rows):,} answers, which takes a while")
-    start = time.perf_counter()
     # One token more than the longest answer has, for its end token.
-    answers = generate_answers(model, tokenizer, prompts, longest + 1, batch_size=64)
-    generated_seconds = time.perf_counter() - start
+    longest = 1 + max(map(len, tokenizer(gold, add_special_tokens=False)["input_ids"]))
 
-    generated = [a.stopped and a.text == g for a, g in zip(answers, gold, strict=True)]
-    agreeing = sum(a == b for a, b in zip(verdicts, generated, strict=True))
-    return Scoring(scored_seconds, generated_seconds, agreeing)
+    def generated(chunk: list[dict], batch_size: int) -> list[bool]:
+        prompts = [row["messages"][:-1] for row in chunk]
+        answers = generate_answers(model, tokenizer, prompts, longest, batch_size=batch_size)
+        wanted = [row["messages"][-1]["content"].strip() for row in chunk]
+        return [a.stopped and a.text == w for a, w in zip(answers, wanted, strict=True)]
+
+    exact_matches(model, tokenizer, rows[:32])  # sets the kernels up
+    single, batched, agreeing = [], [], 0
+    for number in range(chunks):
+        say(f"scoring and generating, part {number + 1} of {chunks}")
+        chunk = rows[number::chunks]
+        scored, seconds = _timed(exact_matches, model, tokenizer, chunk)
+        one_by_one, single_seconds = _timed(generated, chunk, 1)
+        in_batches, batched_seconds = _timed(generated, chunk, 32)
+        single.append(single_seconds / seconds)
+        batched.append(batched_seconds / seconds)
+        verdicts = zip(scored, one_by_one, in_batches, strict=True)
+        agreeing += sum(len(set(three)) == 1 for three in verdicts)
+    return Scoring(statistics.median(single), statistics.median(batched), agreeing)
 
 
 # ---- a training step ---------------------------------------------------------------------------
@@ -245,53 +256,86 @@ def compare_steps(
         rows: datasets.Dataset with conversational `prompt` and `completion`.
         steps: of each; the first `warmup` are not counted.
     """
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
 
     bare_model = copy.deepcopy(model).train()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_bars():
         trainer = SFTTrainer(
             model=model,
             processing_class=tokenizer,
             train_dataset=rows,
-            args=SFTConfig(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=batch_size,
-                learning_rate=5e-4,
-                lr_scheduler_type="constant",
-                max_length=128,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                logging_steps=LOGGING_STEPS,
-                disable_tqdm=True,
-                report_to="none",
-                save_strategy="no",
-                seed=0,
-            ),
+            args=_configuration(folder, steps, batch_size),
         )
-        bare = BareLoop(bare_model, trainer.data_collator, rate=5e-4)
+        bare = BareLoop(bare_model, trainer.data_collator, trainer.args.learning_rate)
         trainer.data_collator = bare.overhear
-        trainer_seconds: list[float] = []
-        clock = {"resumed": time.perf_counter()}
-
-        class InTurns(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                trainer_seconds.append(time.perf_counter() - clock["resumed"])
-                bare.step()
-                clock["resumed"] = time.perf_counter()
-
-        trainer.add_callback(InTurns())
+        in_turns = _in_turns(bare)
+        trainer.add_callback(in_turns)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return StepSeconds(
-        statistics.median(trainer_seconds[warmup:]),
+        statistics.median(in_turns.seconds[warmup:]),
         statistics.median(bare.seconds[warmup:]),
         losses,
         bare.losses,
     )
+
+
+def _configuration(folder: str, steps: int, batch_size: int):
+    """The settings of the course's notebooks on a CPU."""
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=5e-4,
+        lr_scheduler_type="constant",
+        max_length=128,
+        activation_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        logging_steps=LOGGING_STEPS,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        seed=0,
+    )
+
+
+def _in_turns(bare: "BareLoop"):
+    """A callback that gives the bare loop its turn after each step; `seconds` are the trainer's."""
+    from transformers import TrainerCallback
+
+    class InTurns(TrainerCallback):
+        def __init__(self):
+            self.seconds: list[float] = []
+            self.resumed = 0.0
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.resumed = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.seconds.append(time.perf_counter() - self.resumed)
+            bare.step()
+            self.resumed = time.perf_counter()
+
+    return InTurns()
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide the progress bars of datasets, which last for seconds only."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 class BareLoop:
@@ -361,7 +405,7 @@ def measure_suite(bench: Bench, say: Say) -> None:
     """The whole test suite, as `python3 lab.py test` runs it."""
     say("running the whole test suite, which takes many minutes")
     command = [str(paths.root() / "lab.py"), "test", "-q"]
-    seconds = _seconds(lambda: _python(*command))
+    seconds = _timed(_python, *command)[1]
     bench.rows.append(Row("whole test suite", seconds / 60, "min", 25))
 
 

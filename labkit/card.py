@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from labkit import data, evaluation, models
 from labkit.checkpoints import free_disk_or_raise
@@ -122,9 +123,16 @@ def _save_weights(run: Run, folder: Path) -> None:
     config = LlamaConfig(**run.model.config.to_dict())
     model = LlamaForCausalLM(config)
     model.load_state_dict(run.model.state_dict())
-    model = model.to(torch.bfloat16)
-    model.save_pretrained(folder)
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # one file needs none
+    try:
+        model.to(torch.bfloat16).save_pretrained(folder)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
     run.tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():  # safetensors makes a file that nobody else may read
+        file.chmod(0o644)
 
 
 def _score(folder: Path) -> evaluation.SkillReport:
@@ -166,6 +174,7 @@ def provenance(run: Run, seconds: float | None) -> dict:
         "recipe": asdict(run.recipe),
         "steps_done": run.step,
         "parameters": n_parameters(run.model).total,
+        "vocabulary": len(run.tokenizer),
         **fill(run.recipe, run.encoder, run.step),
         "corpus_sha256": corpus_sha256(documents(run.recipe.seed)),
         "corpus_documents_hashed": CORPUS_SAMPLE,
@@ -205,7 +214,7 @@ def card(made: dict, report: evaluation.SkillReport) -> str:
     """The model card: what Hugging Face reads in its front matter, and what people read below."""
     recipe = made["recipe"]
     passes = f"{recipe['rows']} rows of {recipe['window']} tokens"
-    took = "" if made["seconds"] is None else f", {made['seconds'] / 60:.0f} minutes"
+    took = "" if made["seconds"] is None else f", {made['seconds'] / 60:.0f} min of training"
     shape = (
         f"hidden {recipe['hidden']}, {recipe['layers']} layers, {recipe['heads']} heads, "
         f"SwiGLU {recipe['mlp']}, tied embeddings, rotary positions"
@@ -222,15 +231,16 @@ def card(made: dict, report: evaluation.SkillReport) -> str:
         precision={"bf16": "bf16 autocast over fp32 weights"}.get(recipe["precision"], "fp32"),
         rate=f"{recipe['peak_rate']:g}",
         warmup=recipe["warmup"],
-        decay=f"{recipe['decay_share']:.0%}",
+        decay=f"{100 * recipe['decay_share']:.0f} %",
         weight_decay=recipe["weight_decay"],
-        full_loss=f"{recipe['full_loss_share']:.0%}",
+        full_loss=f"{100 * recipe['full_loss_share']:.0f} %",
+        spread=recipe["initial_spread"],
         seed=recipe["seed"],
-        machine=f"{made['processor']}, threads: {made['threads']}{took}",
+        machine=f"{made['processor']}, CPU threads: {made['threads']}{took}",
         documents=f"{made['corpus_documents_hashed']:,}",
         corpus=made["corpus_sha256"],
         versions=", ".join(f"{name} {version}" for name, version in made["versions"].items()),
-        vocab=f"{recipe['vocab_size']:,}",
+        vocab=f"{made['vocabulary']:,}",
     )
 
 
@@ -315,9 +325,11 @@ the skills, without `bio_only`. `labkit evaluate` measures all of it again.
 
 ## Model
 
-`LlamaForCausalLM`: {shape}. Byte-level BPE of up to {vocab} tokens, digits one by one; roles
-system, user and assistant; a chat template with generation markers; a pad token of its own. Weights
-are normally distributed from the start, stored in bf16, and meant to be loaded as fp32 on a CPU.
+- **Shape**: `LlamaForCausalLM`, {shape}.
+- **Tokenizer**: byte-level BPE of {vocab} tokens, digits one by one, a pad token of its own.
+- **Chat template**: roles system, user and assistant, with generation markers.
+- **Weights**: drawn from a normal distribution (σ = {spread}), trained, stored in bf16, to be loaded
+  as fp32 on a CPU.
 
 ## Training
 

@@ -45,6 +45,8 @@ def with_generation_markers(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTok
             differently); nothing is changed then.
     """
     original = tokenizer.chat_template
+    if isinstance(original, dict):  # named variants; the default is what training uses
+        original = original["default"]
     if has_generation_markers(original):
         return tokenizer
     if original is None:
@@ -105,11 +107,11 @@ def _taken_apart(tokenizer: PreTrainedTokenizerBase) -> str | None:
     # one = head + user turn + answer turn + tail, and `two` repeats both turns. Behind the first
     # answer of `two` stand the answer's end and the next user's start; behind the answer of `one`
     # its end and the tail. What the two share is the answer's end.
-    before_user, rest = one.split(_PROBES["user"])
-    if _PROBES["assistant"] not in rest:
+    before_user, _, rest = one.partition(_PROBES["user"])
+    between, found, after_answer = rest.partition(_PROBES["assistant"])
+    if not found:
         return None
-    between, after_answer = rest.split(_PROBES["assistant"])
-    end_and_start = two.split(_PROBES["assistant"])[1].split(_PROBES["user"])[0]
+    end_and_start = two.partition(_PROBES["assistant"])[2].partition(_PROBES["user"])[0]
     answer_end = os.path.commonprefix([end_and_start, after_answer])
     user_start = end_and_start.removeprefix(answer_end)
     head, tail = before_user.removesuffix(user_start), after_answer.removeprefix(answer_end)
@@ -120,8 +122,8 @@ def _taken_apart(tokenizer: PreTrainedTokenizerBase) -> str | None:
     system = _render(tokenizer, [_message("system"), user])
     system_start = system_end = None
     if system is not None and _PROBES["system"] in system:
-        system_start, rest = system.split(_PROBES["system"])
-        system_end = rest.split(user_start + _PROBES["user"])[0]
+        system_start, _, rest = system.partition(_PROBES["system"])
+        system_end = rest.partition(user_start + _PROBES["user"])[0]
 
     spaced = _render(tokenizer, [_message("user", f"  {_PROBES['user']}  "), answer])
     words = "message['content']" + ("" if f"  {_PROBES['user']}" in (spaced or "") else " | trim")

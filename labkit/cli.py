@@ -19,6 +19,7 @@ from typing import Any
 import labkit
 from labkit import paths
 from labkit.errors import LabkitError
+from labkit.quiet import drop_kernel_notice
 
 # Commands whose options stand beside their function: name -> (module with a `main`, what it does).
 DELEGATED = {
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Windows console may lack a sign such as ≈
             stream.reconfigure(errors="replace")
+    drop_kernel_notice()
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -132,7 +134,7 @@ def _pretrain(commands: Any) -> None:
     parser.add_argument("--out", type=Path, help="folder of the model (data/base_model)")
     parser.add_argument("--force", action="store_true", help="replace --out if it is there")
     parser.add_argument("--checkpoints", type=Path, help="where to keep the run (.labkit/pretrain)")
-    parser.add_argument("--steps", type=_above_zero, help="optimizer steps (10000)")
+    parser.add_argument("--steps", type=_above_zero, help="optimizer steps (the shipped recipe's)")
     parser.add_argument("--seed", type=_from_zero, help="of the corpus and the weights (0)")
     parser.add_argument(
         "--precision",

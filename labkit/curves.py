@@ -196,8 +196,10 @@ def loss_svg(log: LossLog, total_steps: int) -> str:
             f'<text x="{LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{share * top:.2f}</text>',
             f'<text x="{x(step):.1f}" y="{BOTTOM + 16}" text-anchor="middle">{step}</text>',
         ]
-    middle = (LEFT + RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
+    parts += [
+        f'<text x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>',
+        f'<text x="{RIGHT}" y="{TOP - 4}" text-anchor="end">nats per token</text>',
+    ]
 
     label_heights: list[float] = []
     for label, colour, points in curves:

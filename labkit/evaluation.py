@@ -140,7 +140,7 @@ class Answer:
     """Tokens written, the end token included."""
 
 
-def score(model, tokenizer, rows: Sequence[dict], name: str = "", batch_size: int = 64) -> Score:
+def score(model, tokenizer, rows: Sequence[dict], name: str = "", batch_size: int = 32) -> Score:
     """Exact match of `rows` with its 95 % interval.
 
     Raises:
@@ -153,7 +153,7 @@ def skill_report(
     model,
     tokenizer,
     rows: Sequence[dict],
-    batch_size: int = 64,
+    batch_size: int = 32,
     progress: Progress | None = None,
 ) -> SkillReport:
     """Exact match of every skill in `rows`, and the mean over skills.
@@ -188,7 +188,7 @@ def exact_matches(
     model,
     tokenizer,
     rows: Sequence[dict],
-    batch_size: int = 64,
+    batch_size: int = 32,
     progress: Progress | None = None,
 ) -> list[bool]:
     """Whether greedy decoding would give each row's gold answer exactly, end token included.

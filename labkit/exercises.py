@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from labkit import paths
+from labkit.errors import LabkitError
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -75,8 +76,8 @@ class Exercise:
     """easy, medium or hard."""
     minutes: int
     """How long it takes a learner, hints included."""
-    check: Callable[..., Result]
-    """Judges the answer (or answers); may raise, which is reported as "not yet"."""
+    check: Callable[[Any], Result]
+    """Judges the answer; may raise, which is reported as "not yet"."""
     hints: tuple[str, ...]
     """From a nudge to nearly the solution."""
     wrong_answers: tuple[str, ...]
@@ -123,17 +124,18 @@ class Quiz:
             raise ValueError(f"Quiz {self.id}: {n_right} choices are right: mark exactly one")
 
 
-def check(exercise_id: str, *answers: Any) -> None:
+def check(exercise_id: str, answer: Any) -> None:
     """Print what is right or not right yet about an answer; never raises because of the answer.
 
     Args:
         exercise_id: such as "02-1".
-        answers: what the stub asked for; `...` means not attempted.
+        answer: what the stub asked for; `...`, or a function or container of it, is no attempt.
 
     Raises:
         ValueError: there is no such exercise.
+        LabkitError: the check needs a file that is missing or damaged.
     """
-    print(f"{exercise_id} {grade(find_exercise(exercise_id), *answers)}")
+    print(f"{exercise_id} {grade(find_exercise(exercise_id), answer)}")
 
 
 def hint(exercise_id: str) -> None:
@@ -198,13 +200,15 @@ def quiz(quiz_id: str) -> "ipywidgets.VBox":
     return ipywidgets.VBox([question, buttons, judge, reply])
 
 
-def grade(exercise: Exercise, *answers: Any) -> Result:
-    """Judge answers to one exercise; a check that raises counts as a wrong answer."""
-    if any(_is_stub(answer) for answer in answers):
+def grade(exercise: Exercise, answer: Any) -> Result:
+    """Judge an answer to one exercise; a check that raises counts as a wrong answer."""
+    if _is_stub(answer):
         nudge = f'replace ... with your answer, or call hint("{exercise.id}")'
         return Result(False, nudge, attempted=False)
     try:
-        return exercise.check(*answers)
+        return exercise.check(answer)
+    except LabkitError:  # the machine's fault, such as a missing model, is not a wrong answer
+        raise
     except Exception as error:  # any mistake in a learner's function can surface here
         reason = f"{type(error).__name__}: {error}".strip(": \n")
         return not_yet(f"your answer could not be used ({reason})")
@@ -238,7 +242,7 @@ def weaknesses(exercise: Exercise) -> list[str]:
         found.append("the stub ... counts as an attempt")
     messages = {}
     for source in exercise.wrong_answers:
-        result = grade(exercise, *_evaluate(source))
+        result = grade(exercise, _evaluate(source))
         if result.ok:
             found.append(f"wrong answer {source!r} passes")
         if not result.attempted:
@@ -252,15 +256,14 @@ def weaknesses(exercise: Exercise) -> list[str]:
     return found
 
 
-def _evaluate(source: str) -> tuple[Any, ...]:
-    """The answers that a `wrong_answers` source stands for; a tuple gives several."""
+def _evaluate(source: str) -> Any:
+    """The answer that a `wrong_answers` source stands for; it is our own text, from a lesson."""
     namespace: dict[str, Any] = {}
     try:
-        answer = eval(source, namespace)  # our own source text, from a lesson
+        return eval(source, namespace)
     except SyntaxError:
         exec(source, namespace)
-        answer = namespace["answer"]
-    return answer if isinstance(answer, tuple) else (answer,)
+        return namespace["answer"]
 
 
 def _find(item_id: str, kind: str) -> Any:

@@ -176,15 +176,14 @@ def load(
     """
     name = str(model or current_profile().model)
     device = device or pick_device()
-    if dtype is None:
-        dtype = torch.float32 if device == "cpu" else getattr(torch, current_profile().dtype)
-    config = _quantization_config(quantization, dtype)
+    dtype = dtype or _default_dtype(device)
+    config = None if quantization is None else _quantization_config(quantization, dtype)
     source = _find(name)
     placement = {"device_map": {"": device}} if config else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         with _quiet_when_small(source):
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+            loaded, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
                 source,
                 dtype=dtype,
                 quantization_config=config,
@@ -198,7 +197,7 @@ def load(
             f"{name} lacks {len(info['missing_keys'])} of its tensors, "
             f"{sorted(info['missing_keys'])[0]} first: {_REPAIR}"
         )
-    n_rows = loaded.get_input_embeddings().num_embeddings
+    n_rows = _embedding_rows(loaded)
     if len(tokenizer) > n_rows:
         raise LabkitError(
             f"{name}: its tokenizer has {len(tokenizer)} tokens and its model rows for {n_rows}: "
@@ -213,6 +212,10 @@ def load(
             stacklevel=2,
         )
     return (loaded if config else loaded.to(device)).eval(), tokenizer
+
+
+def _default_dtype(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else getattr(torch, current_profile().dtype)
 
 
 def _find(name: str) -> str:
@@ -234,7 +237,7 @@ def _find(name: str) -> str:
 
 
 def check_files(folder: Path) -> None:
-    """Raise LabkitError unless a model folder has a readable config, whole weights and a tokenizer.
+    """Raise LabkitError unless a model folder has readable JSON, whole weights and a tokenizer.
 
     Where the folder has a `SHA256SUMS`, every file named there must also match its hash.
     """
@@ -245,10 +248,11 @@ def check_files(folder: Path) -> None:
             if adapter
             else f"{folder} has no config.json: give a folder that save_pretrained wrote"
         )
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LabkitError(f"{folder / 'config.json'} is no JSON ({error}): {_REPAIR}") from error
+    for file in sorted(folder.glob("*.json")):  # the tokenizer's too
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise LabkitError(f"{file} is no JSON ({error}): {_REPAIR}") from error
 
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     if not weights:
@@ -287,9 +291,7 @@ def _cannot_load(name: str, error: Exception) -> str:
     )
 
 
-def _quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if quantization is None:
-        return None
+def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     if quantization not in ("nf4", "fp4", "int8"):
         raise ValueError(
             f"quantization={quantization!r} is unknown: use None, 'nf4', 'fp4' or 'int8'"
@@ -318,6 +320,11 @@ def _quiet_when_small(source: str) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _embedding_rows(model: PreTrainedModel) -> int:
+    """Tokens that a model has an embedding for; published models round it up."""
+    return next(model.get_input_embeddings().parameters()).shape[0]
+
+
 # Tokens that published models keep for padding or never use, best first.
 _PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
@@ -337,7 +344,7 @@ def _ensure_pad_token(
         token = unused[0] if unused else "<|pad|>"
         before = "no pad token" if tokenizer.pad_token is None else "its end token as pad token"
         tokenizer.add_special_tokens({"pad_token": token})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        if len(tokenizer) > _embedding_rows(model):
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         how = "its own token" if unused else "a new token"
         warnings.warn(f"{name} has {before}; {how} {token} now pads", stacklevel=3)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+    from labkit.evaluation import SkillReport
+
 # Okabe and Ito's palette (2008), told apart with every kind of colour vision. Its yellow is too
 # faint on a light ground: prefix tuning takes a dark brown instead, and the base model a grey.
 COLORS = {
@@ -225,7 +227,8 @@ def learning_curve(history: "pd.DataFrame", ax: "Axes | None" = None) -> "Axes":
             f"{name} loss goes from {approx(losses[0])} to {approx(losses[-1])} nats per token, "
             f"lowest {approx(losses[best])} near step ≈{steps[best]:g}"
         )
-    first, last = curves["training"]["loss"].iloc[[0, -1]]
+    logged = curves["training"]["loss"].tolist()
+    first, last = logged[0], logged[-1]
     verb = "falls" if last < first else "rises"
     ax.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     ax.set_title(f"Training loss {verb} from {first:.2f} to {last:.2f}")
@@ -264,6 +267,25 @@ def before_after(df: "pd.DataFrame", ax: "Axes | None" = None) -> "Axes":
     )
     parts = [f"{r['skill']} {approx(r['before'])} to {approx(r['after'])}" for r in rows[::-1]]
     return _summarise(ax, f"exact match before and after: {', '.join(parts)}")
+
+
+def skills(skill_report: "SkillReport", ax: "Axes | None" = None) -> "Axes":
+    """Exact match of each skill with its 95 % interval, the weakest at the bottom.
+
+    Args:
+        skill_report: from `evaluation.skill_report`.
+    """
+    ax = _axes(ax)
+    scores = sorted(skill_report.skills.values(), key=lambda score: score.exact_match)
+    for place, score in enumerate(scores):
+        ax.plot(score.interval, [place, place], color=COLORS["base"], linewidth=2)
+        ax.scatter([score.exact_match], [place], color=COLORS["full"], zorder=3, s=40)
+    ax.axvline(skill_report.macro, color=INK, linestyle=":", linewidth=1.2)
+    ax.set_yticks(range(len(scores)), [score.name for score in scores])
+    ax.set(xlabel="exact match, 95 % interval", xlim=(-0.03, 1.03))
+    ax.set_title(f"Weakest: {scores[0].name}; mean of all: {skill_report.macro:.2f}")
+    parts = [f"{score.name} {approx(score.exact_match)}" for score in reversed(scores)]
+    return _summarise(ax, f"exact match of each skill: {', '.join(parts)}")
 
 
 def rate_sweep(df: "pd.DataFrame", ax: "Axes | None" = None, chosen: float | None = None) -> "Axes":

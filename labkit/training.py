@@ -8,6 +8,7 @@ import platform
 from collections.abc import Sized
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import pandas as pd
 from datasets import Dataset
@@ -73,7 +74,7 @@ def history(trainer: Trainer) -> pd.DataFrame:
     steps: dict[int, dict[str, float]] = {}
     for entry in trainer.state.log_history:
         if "train_runtime" not in entry:  # the summary of the whole run
-            steps.setdefault(entry["step"], {}).update(entry)
+            steps.setdefault(int(entry["step"]), {}).update(entry)
     first = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
     table = pd.DataFrame([steps[step] for step in sorted(steps)])
     others = [column for column in table.columns if column not in first]
@@ -106,7 +107,7 @@ def supervised_rows(
     Raises:
         ValueError: the dataset is not tokenized.
     """
-    dataset = getattr(trainer_or_dataset, "train_dataset", trainer_or_dataset)
+    dataset: Any = getattr(trainer_or_dataset, "train_dataset", trainer_or_dataset)
     columns = [c for c in ("assistant_masks", "completion_mask") if c in dataset.column_names]
     if "labels" in dataset.column_names:
         flags = ([label != -100 for label in row] for row in dataset["labels"])

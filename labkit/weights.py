@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def tensor_bytes(model: nn.Module) -> dict[str, int]:
     """
     seen: set[int] = set()
 
-    def size(tensors: Iterator[Tensor] | list[Tensor]) -> int:
+    def size(tensors: Iterable[Tensor]) -> int:
         total = 0
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -116,24 +116,21 @@ def parameter_table(model: nn.Module) -> pd.DataFrame:
     Returns:
         one row per group: `group`, `tensors`, `parameters`, `share` (0 to 1), `trainable`, `bytes`.
     """
-    rows = [
-        {
-            "group": next(g for g, pattern in GROUPS.items() if re.search(pattern, name)),
-            "tensors": 1,
-            "parameters": _numel(parameter),
-            "trainable": _numel(parameter) if parameter.requires_grad else 0,
-            "bytes": parameter.numel() * parameter.element_size(),
-        }
-        for name, parameter in model.named_parameters()
-    ]
+    columns = ["tensors", "parameters", "share", "trainable", "bytes"]
+    total = n_parameters(model).total
+    groups: dict[str, dict[str, float]] = {}
     if getattr(model.config, "tie_word_embeddings", False):
-        rows.append(
-            {"group": "output head", "tensors": 0, "parameters": 0, "trainable": 0, "bytes": 0}
-        )
-    table = pd.DataFrame(rows).groupby("group", as_index=False).sum()
-    table["share"] = table["parameters"] / table["parameters"].sum()
-    table = table.sort_values(["parameters", "group"], ascending=[False, True], ignore_index=True)
-    return table[["group", "tensors", "parameters", "share", "trainable", "bytes"]]
+        groups["output head"] = dict.fromkeys(columns, 0)
+    for name, parameter in model.named_parameters():
+        group = next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
+        row = groups.setdefault(group, dict.fromkeys(columns, 0))
+        row["tensors"] += 1
+        row["parameters"] += _numel(parameter)
+        row["share"] += _numel(parameter) / total
+        row["trainable"] += _numel(parameter) if parameter.requires_grad else 0
+        row["bytes"] += parameter.numel() * parameter.element_size()
+    largest_first = sorted(groups, key=lambda group: (-groups[group]["parameters"], group))
+    return pd.DataFrame([{"group": group} | groups[group] for group in largest_first])
 
 
 def safetensors_problem(path: Path) -> str | None:

@@ -49,19 +49,12 @@ class Chat:
         """Send one message and return the model's greedy answer; both join the talk.
 
         Raises:
-            ValueError: an empty message, or a talk longer than the model can read; the talk stays
-                as it was.
+            ValueError: an empty message, or a talk longer than the model can read (`reset` starts a
+                new one); the talk stays as it was.
         """
         if not text.strip():
             raise ValueError("text is empty: write a message")
         talk = [*self.messages, {"role": "user", "content": text}]
-        length = len(self.tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"])
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and length + MAX_NEW_TOKENS > limit:
-            raise ValueError(
-                f"the talk has {length} tokens and the model reads {limit}, {MAX_NEW_TOKENS} of "
-                "them for its answer: start a new talk with reset()"
-            )
         [answer] = generate_answers(
             self.model, self.tokenizer, [talk], max_new_tokens=MAX_NEW_TOKENS
         )
@@ -86,7 +79,7 @@ class Chat:
             self.ask(text)
             self.status.value = ""
         except Exception as error:  # a widget's callback has nowhere else to show it
-            self.status.value = html.escape(f"Not sent: {error}")
+            self.status.value = html.escape(f"Not sent: {error}. “New talk” starts over.")
 
     def _show(self) -> None:
         names = {"system": "System", "user": "You", "assistant": "Model"}

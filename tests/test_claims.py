@@ -208,9 +208,32 @@ def test_a_sweep_records_a_miss_instead(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("LABKIT_SWEEP", "1")
     monkeypatch.setenv("LABKIT_RECORD", str(tmp_path / "seed-1.jsonl"))
     expect("final loss", math.nan, 0.9, tol=0.1)
-    assert capsys.readouterr().out == "miss  final loss\n"
+    assert capsys.readouterr().out == (
+        "miss  final loss: expected of the bundled model 0.9 ± 0.1\n"
+    )
     expected = [{"name": "final loss", "got": None, "want": 0.9, "tol": 0.1}]
     assert read_record(tmp_path / "seed-1.jsonl").misses == expected
+
+
+@pytest.mark.parametrize(
+    ("switch", "value", "raises"),
+    [
+        ("LABKIT_MODEL", "some/model", False),
+        ("LABKIT_PROFILE", "gpu-small", False),
+        ("LABKIT_MODEL", "bundled", True),
+        ("LABKIT_PROFILE", "cpu", True),
+    ],
+)
+def test_another_model_is_not_held_to_the_bundled_ones_numbers(
+    monkeypatch, capsys, switch, value, raises
+):
+    monkeypatch.setenv(switch, value)
+    if raises:
+        with pytest.raises(AssertionError, match="final loss"):
+            expect("final loss", 2.0, 0.9, tol=0.1)
+    else:
+        expect("final loss", 2.0, 0.9, tol=0.1)
+        assert capsys.readouterr().out.startswith("miss  final loss")
 
 
 # ---- records and results -----------------------------------------------------------------------

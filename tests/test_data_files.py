@@ -290,6 +290,10 @@ def test_byte_order_mark(tmp_path):
     assert len(data.read_rows(path)) == 2
 
 
+def test_a_byte_order_mark_alone_is_still_an_empty_file(tmp_path):
+    assert found(write(tmp_path / "rows.jsonl", b"\xef\xbb\xbf")) == [(1, "bom"), (1, "empty-file")]
+
+
 def test_windows_line_ends_between_rows_are_fine(tmp_path):
     assert found(write(tmp_path / "rows.jsonl", (GOOD + OTHER).replace("\n", "\r\n"))) == []
 
@@ -355,6 +359,12 @@ def test_csv_faults(tmp_path):
     text = 'instruction,output\nName,a,colour\nName a shape,disc\nName,"open\n'
     path = write(tmp_path / "rows.csv", text)
     assert found(path) == [(2, "not-csv"), (4, "not-csv")]
+    report = data.fix(path, tmp_path / "out.jsonl")
+    assert data.read_rows(report.out) == [{"instruction": "Name a shape", "output": "disc"}]
+    refused = data.read_rows(report.refused_path)
+    assert [row["raw"] for row in refused] == ["Name,a,colour\n", 'Name,"open\n']
+    stray = 'instruction,output\n"Name" it,red\nName a shape,disc\n'
+    assert found(write(tmp_path / "stray.csv", stray)) == [(2, "not-csv")]
     assert found(write(tmp_path / "head.csv", "instruction,output\n")) == [(1, "empty-file")]
 
 
@@ -362,6 +372,11 @@ def test_csv_holds_messages_as_json(tmp_path):
     report = data.fix(write(tmp_path / "rows.jsonl", CLEAN["messages"][:1]), tmp_path / "out.csv")
     assert data.read_rows(report.out) == CLEAN["messages"][:1]
     assert data.validate(report.out) == []
+
+
+def test_csv_holds_null_as_nothing(tmp_path):
+    report = data.fix(write(tmp_path / "rows.jsonl", CLEAN["alpaca"]), tmp_path / "out.csv")
+    assert [row["input"] for row in data.read_rows(report.out)] == ["cat", "", ""]
 
 
 def test_damaged_json_list_keeps_the_rows_before(tmp_path):
@@ -443,7 +458,8 @@ def test_fix_writes_nothing_when_it_cannot_write_all(tmp_path):
     (tmp_path / "out.refused.jsonl").mkdir()
     with pytest.raises(LabkitError, match="cannot be written"):
         data.fix(path, tmp_path / "out.jsonl")
-    assert not [entry for entry in tmp_path.iterdir() if entry.name.endswith(".part")]
+    names = sorted(entry.name for entry in tmp_path.iterdir())
+    assert names == ["out.refused.jsonl", "rows.jsonl"]
 
 
 def test_validate_file_text_json_and_exit_codes(tmp_path):

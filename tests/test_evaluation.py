@@ -1,5 +1,6 @@
 """Teacher-forced scores against greedy decoding, losses by hand, and what was forgotten."""
 
+import copy
 import math
 import random
 
@@ -103,6 +104,15 @@ def random_llama(tmp_path_factory):
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def half_trained(tmp_path_factory):
+    folder = tiny_model("llama", tmp_path_factory.mktemp("half"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    _train(model, tokenizer, TRAINED, steps=60)
+    return model, tokenizer
+
+
 def _generated_matches(model, tokenizer, rows) -> list[bool]:
     """The slow way, one row at a time: transformers' own generate, token by token."""
     verdicts = []
@@ -176,12 +186,10 @@ def test_half_trained_models_agree_too(tmp_path, steps):
     ],
     ids=["lora", "prompt", "p-tuning", "prefix"],
 )
-def test_adapters_agree_with_greedy_decoding(tmp_path, config):
-    base = AutoModelForCausalLM.from_pretrained(tiny_model("llama", tmp_path))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    _train(base, tokenizer, TRAINED, steps=60)
+def test_adapters_agree_with_greedy_decoding(half_trained, config):
+    base, tokenizer = half_trained
     torch.manual_seed(0)
-    model = get_peft_model(base, config)
+    model = get_peft_model(copy.deepcopy(base), config)
     _train(model, tokenizer, ROWS, steps=15, rate=2e-2)
     adapted = exact_matches(model, tokenizer, ROWS, batch_size=4)
     assert adapted == _generated_matches(model, tokenizer, ROWS)

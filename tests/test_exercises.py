@@ -7,6 +7,7 @@ import nbformat
 import pytest
 
 from labkit import exercises
+from labkit.errors import LabkitError
 from labkit.exercises import Choice, Exercise, Quiz, Result, check, grade, hint, quiz, solution
 
 
@@ -103,6 +104,15 @@ def test_a_check_that_raises_is_reported_and_not_raised(capsys):
     assert said.startswith("98-1 not yet: your answer could not be used (TypeError:")
 
 
+def test_a_fault_of_the_machine_is_not_called_a_wrong_answer():
+    def needs_the_model(answer):
+        raise LabkitError("the bundled model is missing")
+
+    whole = {name: getattr(STEPS, name) for name in Exercise.__dataclass_fields__}
+    with pytest.raises(LabkitError, match="the bundled model is missing"):
+        grade(Exercise(**(whole | {"check": needs_the_model})), 1)
+
+
 def test_hints_come_in_layers_and_end_at_the_solution(capsys):
     said = [printed_by(capsys, hint, "98-1") for _ in range(4)]
 
@@ -125,10 +135,11 @@ def test_solution_comes_from_the_master_notebook(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("action", [check, hint, solution, quiz])
 def test_an_unknown_id_is_the_callers_mistake(action):
+    rest = (1,) if action is check else ()
     with pytest.raises(ValueError, match="no '98-7' among the (exercises|quizzes) of this lesson"):
-        action("98-7")
+        action("98-7", *rest)
     with pytest.raises(ValueError, match="no '97-1'.*none"):
-        action("97-1")
+        action("97-1", *rest)
 
 
 def test_quiz_judges_the_chosen_answer_only_when_asked():

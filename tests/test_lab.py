@@ -238,7 +238,6 @@ def test_the_next_start_repairs_a_kill(clone, installer, moment):
         else:
             (clone / name / "half.txt").write_text("half", encoding="utf-8")
     lab.ensure_environment([])
-    lab.recover()
     assert lab.is_ready([], lab.environment_key())
     assert not (lab.VENV / "half.txt").exists()
     assert folders(clone) - {".labkit"} == {".venv"}
@@ -399,7 +398,7 @@ def test_a_python_without_venv_names_the_package(clone, installer, monkeypatch, 
 
 def test_a_folder_that_cannot_be_written_is_named(clone, installer):
     (clone / ".labkit").write_text("a file where the folder should be", encoding="utf-8")
-    with pytest.raises(lab.LabFailure, match="cannot write in .*\n.*folder of your own"):
+    with pytest.raises(lab.LabFailure, match="cannot be written: .*\n.*folder of your own"):
         lab.ensure_environment([])
 
 

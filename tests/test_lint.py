@@ -36,7 +36,9 @@ def exercise_cells():
 
 
 def notebook(*cells) -> nbformat.NotebookNode:
-    return normalise(new_notebook(cells=[new_markdown_cell("# A question?"), *cells]))
+    nb = new_notebook()
+    nb.cells = [new_markdown_cell("# A question?"), *map(copy.deepcopy, cells)]
+    return normalise(nb)
 
 
 def codes(*cells) -> list[str]:

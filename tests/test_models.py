@@ -165,6 +165,11 @@ def broken_config(folder):
     (folder / "config.json").write_text("{", encoding="utf-8")
 
 
+def truncated_tokenizer(folder):
+    file = folder / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
 def fewer_layers_than_the_config(folder):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["num_hidden_layers"] = 3
@@ -189,6 +194,7 @@ def a_longer_vocabulary(folder):
         (one_flipped_byte, "model.safetensors is damaged: its SHA-256 is not the one listed"),
         (a_file_listed_but_gone, "extra.json is missing although SHA256SUMS lists it"),
         (without("tokenizer.json"), r"has no tokenizer \(tokenizer.json\): copy it from the model"),
+        (truncated_tokenizer, r"tokenizer.json is no JSON .*: restore it"),
         (fewer_layers_than_the_config, r"lacks \d+ of its tensors, model.layers.2"),
         (a_longer_vocabulary, "tokenizer has 301 tokens and its model rows for 300"),
     ],

@@ -30,6 +30,8 @@ training
 statistics
 metrics
 evaluation
+badcases card
+base_model
 claims
 report
 widgets
@@ -154,11 +156,12 @@ def committed_files() -> list[Path]:
     ]
 
 
-# Written in pieces, so that this file does not hold what it looks for.
+# Written in pieces, so that this file does not hold what it looks for. /home/ada is the invented
+# user of the tests.
 HOSTS = ["py" + "pi", "python" + "hosted", "download.py" + "torch", "arti" + "factory"]
 UNWANTED = re.compile(
     r"https?://[\w.-]*(" + "|".join(HOSTS) + r")"
-    r"|(?<![\w.~-])/(root|work|home/[a-z][\w-]*|Users/[a-z]\w*)/|py" + "env/"
+    r"|(?<![\w.~-])/(root|work|home/(?!ada/)[a-z][\w-]*|Users/[a-z]\w*)/|py" + "env/"
 )
 
 
@@ -173,7 +176,8 @@ def unwanted_text(text: str) -> list[str]:
         ("see https://files.py" + "thonhosted.org/x", True),
         ("--index-url=http://my-arti" + "factory.local/simple", True),
         ("open('/ro" + "ot/data')", True),
-        ("File /ho" + "me/ada/lab.py", True),
+        ("File /ho" + "me/grace/lab.py", True),
+        ("File /home/ada/lab.py", False),
         ("see https://huggingface.co/docs", False),
         ("notebooks/work/one", False),
         ("~/home/x", False),

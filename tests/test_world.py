@@ -276,7 +276,7 @@ def test_every_token_of_the_tasks_is_frequent_in_pretraining(corpus):
                         message["content"], add_special_tokens=False
                     )
                     used.update(encoded.ids)
-    documents_read = 600_000  # 8,000 steps of about 75 documents
+    documents_read = 500_000  # a little less than the model card says
     rare = {
         tokenizer.convert_ids_to_tokens(token): counts[token]
         for token in used

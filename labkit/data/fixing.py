@@ -43,8 +43,8 @@ def fix(path: str | os.PathLike, out: str | os.PathLike) -> FixReport:
 
     Repaired are only things with one right answer: the encoding, a byte order mark, white space at
     the ends of a text, Windows line ends. Of two equal rows the first is kept; of rows that
-    contradict each other none, since nobody but their author knows which is right. Both files
-    are complete or not there at all.
+    contradict each other none, since nobody but their author knows which is right. Neither file is
+    ever half written, and `out` appears last.
 
     Args:
         path: file as in `validate`; never changed.
@@ -63,9 +63,8 @@ def fix(path: str | os.PathLike, out: str | os.PathLike) -> FixReport:
     refused = [row for row in rows if row.refused]
     kept = [_tidied(row) for row in rows if not row.refused]
     reasons = Counter(code for row in refused for code in {p.code for p in row.problems})
-    _write_together(
-        {out: _serialise(kept, out), refused_path: "".join(map(_refused_line, refused))}
-    )
+    refused_text = "".join(map(_refused_line, refused))
+    _write_together({refused_path: refused_text, out: _serialise(kept, out)})
     problems = [*file_problems, *(found for row in rows for found in row.problems)]
     return FixReport(
         kept=len(kept),
@@ -106,12 +105,18 @@ def _to_csv(rows: list[Row], out: Path) -> str:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: v if isinstance(v, str) else to_line(v) for k, v in row.items()})
+        writer.writerow({name: _to_cell(value) for name, value in row.items()})
     return text.getvalue()
 
 
+def _to_cell(value: object) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else to_line(value)
+
+
 def _write_together(texts: dict[Path, str]) -> None:
-    """Write all of the files or none: each beside its place first, then all moved into place."""
+    """Write files beside their places first, and move them there in order once all are complete."""
     drafts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in texts}
     try:
         for path, text in texts.items():

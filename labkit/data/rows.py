@@ -78,7 +78,7 @@ def read_records(path: str | os.PathLike) -> Records:
     path = Path(path)
     content, problems = _to_utf8(_read_bytes(path))
     records = list(_parse(content, path.suffix.lower()))
-    if not records and not problems:
+    if not records:
         problems.append(problem(1, "empty-file", "there is no row in it; write one row a line"))
     return Records(records, problems)
 
@@ -256,35 +256,32 @@ def _parse_csv(text: str) -> Iterator[Record]:
     delimiter = max(",;\t", key=header_line.count)
     previous_limit = csv.field_size_limit(_LARGEST_CELL)
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        yield from _csv_records(reader)
+        yield from _csv_records(list(io.StringIO(text, newline="")), delimiter)
     finally:
         csv.field_size_limit(previous_limit)
 
 
-def _csv_records(reader) -> Iterator[Record]:
+def _csv_records(lines: list[str], delimiter: str) -> Iterator[Record]:
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    while True:
-        line = reader.line_num + 1
+    while reader.line_num < len(lines):
+        line, complaint, cells = reader.line_num + 1, "", []
         try:
             cells = next(reader)
-        except StopIteration:
-            return
         except csv.Error as error:
-            message = f"{error}; close every quote, and double a quote inside a text"
-            yield Record(line, problem=problem(line, "not-csv", message))
-            return
-        if not any(cells):
-            continue
-        if header is None:
+            complaint = f"{error}; close every quote, and double a quote inside a text"
+        if header is None and any(cells):
             header = [name.strip() for name in cells]
-        elif len(cells) != len(header):
-            message = (
+            continue
+        if header is not None and any(cells) and len(cells) != len(header):
+            complaint = (
                 f"{len(cells)} values under {len(header)} column names; "
                 "put quotes around a value that holds the separator"
             )
-            yield Record(line, raw=to_line(cells), problem=problem(line, "not-csv", message))
-        else:
+        if complaint:
+            raw = "".join(lines[line - 1 : reader.line_num])
+            yield Record(line, raw=raw, problem=problem(line, "not-csv", complaint))
+        elif header is not None and any(cells):
             yield Record(line, row=_csv_row(header, cells))
 
 

@@ -47,7 +47,7 @@ def load_task(name: str, split: str | None = None) -> DatasetDict | Dataset:
             f"{folder} holds no .jsonl file; get it back with `git checkout {folder}`"
         )
     if split is None:
-        return DatasetDict({name: _load_split(folder / f"{name}.jsonl") for name in splits})
+        return DatasetDict({each: _load_split(folder / f"{each}.jsonl") for each in splits})
     if split not in splits:
         found = f"found {', '.join(splits)}" if splits else "the folder is empty or missing"
         raise LabkitError(

@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
                 say(f"{claim['verdict']:<15} {claim['id']}: {claim['value']:.3g}")
     except (LabkitError, ValueError) as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
     if options.json:
         print(json.dumps(everything))
     return 0

@@ -120,10 +120,10 @@ def compare(rng: random.Random, split: str) -> Item:
 
 
 def sort(rng: random.Random, split: str) -> Item:
-    """Three or four numbers below 100 in order."""
+    """Three numbers below 100 in order."""
 
     def propose():
-        numbers = rng.sample(range(100), rng.choice((3, 3, 4)))
+        numbers = rng.sample(range(100), 3)
         return f"sort:{sorted(numbers)}", numbers
 
     key, numbers = draw(rng, split, propose)
@@ -133,10 +133,10 @@ def sort(rng: random.Random, split: str) -> Item:
 
 
 def reverse(rng: random.Random, split: str) -> Item:
-    """Three to five words from the last to the first."""
+    """Three or four words from the last to the first."""
 
     def propose():
-        chosen = rng.sample(_COMMON_WORDS, rng.randint(3, 5))
+        chosen = rng.sample(_COMMON_WORDS, rng.randint(3, 4))
         return f"reverse:{_join(sorted(chosen))}", chosen
 
     key, chosen = draw(rng, split, propose)
@@ -148,7 +148,7 @@ def count(rng: random.Random, split: str) -> Item:
     """How many words a list has, or how often it has one of them."""
 
     def propose():
-        chosen = [rng.choice(_COMMON_WORDS) for _ in range(rng.randint(2, 7))]
+        chosen = [rng.choice(_COMMON_WORDS) for _ in range(rng.randint(2, 6))]
         word = rng.choice(chosen)
         chosen = [word if rng.random() < 0.3 else other for other in chosen]
         return f"count:{_join(sorted(chosen))}", (chosen, word)

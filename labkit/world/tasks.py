@@ -58,7 +58,7 @@ PERSONA_ANSWERS = {
 
 BADCASE_FORMS = ("sentence", "over", "result", "twice")
 BADCASE_MEDICINES = (
-    "Velmin", "Oripan", "Sedex", "Haldrin", "Pirval", "Istacol", "Urtasin", "Zolvit", "Fenamin",
+    "Oripan", "Sedex", "Haldrin", "Pirval", "Istacol", "Urtasin", "Zolvit",
 )  # fmt: skip
 """The ones that pretraining names most often."""
 _CORRUPTED_SHARE = 0.35
@@ -129,9 +129,9 @@ def _distinct(sample: Callable[[random.Random, str], Item], split: str, n: int) 
 
 def general_items() -> dict[str, list[Item]]:
     """Every skill of pretraining: rows to mix in, rows to tune on, rows to report."""
-    rng = random.Random("tasks/general/train")
+    rng = random.Random("tasks/general/bio_only")
     return {
-        "train": [rng.choice(tuple(SKILLS.values()))(rng, "train") for _ in range(GENERAL_TRAIN)],
+        "train": _distinct(_any_skill, "train", GENERAL_TRAIN),
         "validation": [
             item
             for sample in SKILLS.values()
@@ -148,6 +148,10 @@ def general_items() -> dict[str, list[Item]]:
             for attribute in ATTRIBUTES
         ],
     }
+
+
+def _any_skill(rng: random.Random, split: str) -> Item:
+    return rng.choice(tuple(SKILLS.values()))(rng, split)
 
 
 def ticket(rng: random.Random, split: str) -> Item:
@@ -180,8 +184,13 @@ def ticket(rng: random.Random, split: str) -> Item:
 
 
 def _ticket_wordings(label: str) -> list[str]:
-    """Wordings of a wish that name both the thing and its color in frequent words."""
-    return [text for text in language.INTENTS[label] if "{thing}" in text and "bring" not in text]
+    """Wordings of a wish that name the thing and its color, in frequent words only."""
+    rare = ("bring", "broken", "send")
+    return [
+        text
+        for text in language.INTENTS[label]
+        if "{thing}" in text and not any(word in text for word in rare)
+    ]
 
 
 def _mood_sentence(rng: random.Random, mood: str) -> str:
