@@ -6,7 +6,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -29,7 +29,7 @@ def make_model(
     out: Path,
     checkpoints: Path,
     *,
-    changes: dict[str, int],
+    changes: dict[str, Any],
     precision: str,
     threads: int | None,
     save_every: int,

@@ -257,7 +257,7 @@ def compare_steps(
         steps: of each; the first `warmup` are not counted.
     """
     from transformers import PrinterCallback
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     bare_model = copy.deepcopy(model).train()
     with tempfile.TemporaryDirectory() as folder, _without_bars():
@@ -284,7 +284,7 @@ def compare_steps(
 
 def _configuration(folder: str, steps: int, batch_size: int):
     """The settings of the course's notebooks on a CPU."""
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     return SFTConfig(
         output_dir=folder,

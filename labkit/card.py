@@ -89,6 +89,7 @@ def ship(
             missing.
     """
     out = Path(out)
+    _recover(out)
     refuse_existing(out, force)
     draft = out.with_name(f".{out.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
@@ -120,13 +121,13 @@ def refuse_existing(out: Path, force: bool) -> None:
 
 def _save_weights(run: Run, folder: Path) -> None:
     """Save a bf16 copy, whose config leaves the attention kernel to whoever loads it."""
-    config = LlamaConfig(**run.model.config.to_dict())
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**run.model.config.to_dict()))
     model.load_state_dict(run.model.state_dict())
+    torch.nn.Module.to(model, torch.bfloat16)  # as model.to, whose types pyright cannot follow
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # one file needs none
     try:
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.save_pretrained(folder)
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
@@ -141,18 +142,25 @@ def _score(folder: Path) -> evaluation.SkillReport:
 
 
 def _move_into_place(draft: Path, out: Path) -> None:
-    """Rename the finished folder to its name; an old one makes room and comes back on failure."""
-    previous = out.with_name(f".{out.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
+    """Rename the finished folder to its name; the old one makes room first."""
     if out.exists():
-        os.replace(out, previous)
+        shutil.rmtree(_previous(out), ignore_errors=True)
+        os.replace(out, _previous(out))
     try:
         os.replace(draft, out)
-    except OSError:
-        if previous.exists():
-            os.replace(previous, out)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        _recover(out)
+    shutil.rmtree(_previous(out), ignore_errors=True)
+
+
+def _recover(out: Path) -> None:
+    """Bring the old folder back if the new one never took its place, as after a kill."""
+    if _previous(out).exists() and not out.exists():
+        os.replace(_previous(out), out)
+
+
+def _previous(out: Path) -> Path:
+    return out.with_name(f".{out.name}.previous")
 
 
 def _write(file: Path, text: str) -> None:
@@ -176,7 +184,7 @@ def provenance(run: Run, seconds: float | None) -> dict:
         "parameters": n_parameters(run.model).total,
         "vocabulary": len(run.tokenizer),
         **fill(run.recipe, run.encoder, run.step),
-        "corpus_sha256": corpus_sha256(documents(run.recipe.seed)),
+        "corpus_sha256": corpus_sha256(documents(run.recipe.seed), CORPUS_SAMPLE),
         "corpus_documents_hashed": CORPUS_SAMPLE,
         "seconds": None if seconds is None else round(seconds),
         "threads": torch.get_num_threads(),
@@ -201,7 +209,7 @@ def fill(recipe: Recipe, encoder: Encoder, steps: int, sample: int = 100) -> dic
     return {"tokens_seen": round(seen * share), "tokens_learned_from": round(learned * share)}
 
 
-def corpus_sha256(stream: Iterable[Document], count: int = CORPUS_SAMPLE) -> str:
+def corpus_sha256(stream: Iterable[Document], count: int) -> str:
     """SHA-256 over the first `count` documents of a stream, one JSON line each."""
     digest = hashlib.sha256()
     for document in islice(stream, count):
@@ -328,8 +336,8 @@ the skills, without `bio_only`. `labkit evaluate` measures all of it again.
 - **Shape**: `LlamaForCausalLM`, {shape}.
 - **Tokenizer**: byte-level BPE of {vocab} tokens, digits one by one, a pad token of its own.
 - **Chat template**: roles system, user and assistant, with generation markers.
-- **Weights**: drawn from a normal distribution (σ = {spread}), trained, stored in bf16, to be loaded
-  as fp32 on a CPU.
+- **Weights**: start normally distributed (σ = {spread}); stored in bf16, to be loaded as fp32 on a
+  CPU.
 
 ## Training
 

@@ -121,7 +121,7 @@ def check_profile() -> tuple[str, ...]:
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     fits = [name for name, needed in PROFILE_GPU_BYTES.items() if needed <= gpu_bytes]
     chosen = os.environ.get("LABKIT_PROFILE") or "cpu"
-    detail = f"{chosen} is set; {fits[-1]} is the largest that fits"
+    detail = f"{chosen}; the largest that fits is {fits[-1]}"
     if chosen not in PROFILE_GPU_BYTES:
         step = f"set LABKIT_PROFILE to one of {', '.join(PROFILE_GPU_BYTES)}, or unset it"
         return "problem", f"LABKIT_PROFILE={chosen!r} is unknown", step

@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from labkit.errors import LabkitError
-from labkit.world.corpus import Document, documents
+from labkit.world.corpus import LATE_SHARES, SHARES, Document, documents
 
 IGNORE_INDEX = -100
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
@@ -38,7 +38,7 @@ class Recipe:
     """Everything that decides the weights, up to the processor's rounding."""
 
     seed: int = 0
-    steps: int = 7_500
+    steps: int = 7_800
     rows: int = 16
     window: int = 128
     """Tokens a row; documents are packed into it and cannot see each other."""
@@ -46,6 +46,8 @@ class Recipe:
     warmup: int = 200
     decay_share: float = 0.4
     """Part of the run over which the rate falls linearly to zero."""
+    late_from: int = 4_250
+    """Step from which on skills that are learned late get more room (`corpus.LATE_SHARES`)."""
     weight_decay: float = 0.05
     full_loss_share: float = 0.1
     """Share of talks whose questions are learned too; otherwise only answers count."""
@@ -191,7 +193,8 @@ def batch_at(step: int, recipe: Recipe, encoder: Encoder) -> dict[str, torch.Ten
         0 where a token may look (backwards, inside its own document) and -1e9 elsewhere.
     """
     rng = random.Random(f"encode/{recipe.seed}/{step}")
-    stream = (encoder(document, rng) for document in documents(recipe.seed, step))
+    shares = LATE_SHARES if step >= recipe.late_from else SHARES
+    stream = (encoder(document, rng) for document in documents(recipe.seed, step, shares))
     packed = pack(stream, recipe.rows, recipe.window)
     shape = (recipe.rows, recipe.window)
     input_ids = torch.zeros(shape, dtype=torch.long)

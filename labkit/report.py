@@ -345,10 +345,11 @@ def seeds_plot(
         ValueError: a name that the results do not hold, or none to show.
     """
     metrics = results.get("metrics", {})
-    names = [name for name in metrics if "mean" in metrics[name]] if names is None else list(names)
-    missing = [name for name in names if name not in metrics]
+    numbers = [name for name in metrics if metrics[name]["mean"] is not None]
+    names = numbers if names is None else list(names)
+    missing = [name for name in names if name not in numbers]
     if missing or not names:
-        raise ValueError(f"results hold no metric {missing or 'at all'}: they have {list(metrics)}")
+        raise ValueError(f"results hold no number {missing or 'at all'}: they have {numbers}")
     today = today or {}
     ax = _axes(ax)
     blue, parts = COLORS["full"], []

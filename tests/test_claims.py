@@ -304,3 +304,15 @@ def test_results_and_ledger(monkeypatch, tmp_path):
 def test_claims_need_no_torch():
     code = "import sys, labkit.claims; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_first_sweep_stands_on_its_own_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("LABKIT_DATA", str(tmp_path))
+    monkeypatch.setenv("LABKIT_SWEEP", "1")
+    record("d1", 0.5)
+    record_claim("full-learns-d1", 0.5)
+    results = load_results("never_made")
+    assert results["metrics"]["d1"] == {"values": [0.5], "mean": 0.5, "interval": [0.5, 0.5]}
+    assert {"full-learns-d1": "does not hold"}.items() <= {
+        claim["id"]: claim["verdict"] for claim in results["claims"]
+    }.items()

@@ -118,6 +118,14 @@ def test_seeds_plot_draws_every_seed_and_today():
     assert len(report.seeds_plot(RESULTS, names=["drop"]).get_yticks()) == 1
 
 
+def test_seeds_plot_leaves_curves_out():
+    curve = {"values": [[1, 2], [1, 3]], "mean": None, "interval": None}
+    results = {"metrics": {**RESULTS["metrics"], "losses": curve}}
+    assert len(report.seeds_plot(results).get_yticks()) == 2
+    with pytest.raises(ValueError, match=r"no number \['losses'\]"):
+        report.seeds_plot(results, names=["losses"])
+
+
 def test_figures_are_drawn_on_given_axes_and_fit_the_page():
     figure, axes = plt.subplots(1, 2)
     assert report.learning_curve(HISTORY, ax=axes[0]) is axes[0]
@@ -148,8 +156,8 @@ def test_two_runs_that_differ_a_little_are_described_in_the_same_words():
         (lambda: report.before_after(FORGETTING.head(0)), "no rows"),
         (lambda: report.rate_sweep(SWEEP.assign(rate=0.0)), "must be above 0"),
         (lambda: report.rate_sweep(SWEEP[["rate"]]), "a rate column alone"),
-        (lambda: report.seeds_plot(RESULTS, names=["loss"]), r"no metric \['loss'\]"),
-        (lambda: report.seeds_plot({}), "no metric at all"),
+        (lambda: report.seeds_plot(RESULTS, names=["loss"]), r"no number \['loss'\]"),
+        (lambda: report.seeds_plot({}), "no number at all"),
         (lambda: report.describe(plt.subplots()[1]), "not drawn by labkit.report"),
         (lambda: report.dodge(0), "n=0"),
     ],

@@ -9,7 +9,7 @@ from labkit.world.items import Item
 from labkit.world.population import population
 from labkit.world.skills import SKILLS
 
-# Share of documents. Biographies are what knowledge comes from; sums and lists need practice.
+# Share of documents, first half. Biographies are what knowledge comes from; sums need practice.
 SHARES = {
     "biography": 20,
     "leaflet": 1,
@@ -31,6 +31,29 @@ SHARES = {
     "system": 8,
     "talk": 8,
 }
+# Second half: what copies several tokens exactly is learned late, so it gets the room of what is
+# known by then. Nothing is left out, or it would be forgotten.
+LATE_SHARES = {
+    "biography": 14,
+    "leaflet": 1,
+    "scene": 2,
+    "facts": 12,
+    "unknown": 5,
+    "context": 14,
+    "arithmetic": 24,
+    "compare": 16,
+    "sort": 18,
+    "reverse": 3,
+    "count": 10,
+    "tool": 4,
+    "sentiment": 2,
+    "intent": 2,
+    "extract": 16,
+    "translate": 3,
+    "chat": 1,
+    "system": 14,
+    "talk": 12,
+}
 PLAIN_SYSTEM_SHARE = 0.15
 """Share of talks behind a system prompt that changes nothing."""
 
@@ -45,15 +68,19 @@ class Document:
     item: Item | None = None
 
 
-def documents(seed: int, number: int = 0) -> Iterator[Document]:
+def documents(
+    seed: int, number: int = 0, shares: dict[str, int] | None = None
+) -> Iterator[Document]:
     """An endless stream of training documents.
 
     Args:
         seed: of the corpus.
         number: of the stream; pretraining opens one a step, so that it can resume at any step.
+        shares: kind of document → its weight; None takes those of the first half.
     """
     rng = random.Random(f"corpus/{seed}/{number}")
-    kinds, weights = tuple(SHARES), tuple(SHARES.values())
+    shares = shares or SHARES
+    kinds, weights = tuple(shares), tuple(shares.values())
     while True:
         (kind,) = rng.choices(kinds, weights)
         yield _document(rng, kind)
