@@ -57,7 +57,8 @@ def train_careless_model(model, tokenizer, seed: int = 0, learning_rate: float =
     import tempfile
 
     from transformers import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     training.seed_everything(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -142,6 +143,6 @@ def mine(folder: Path, seed: int = 0) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Mine the preference pairs of D4.")
     parser.add_argument("--seed", type=int, default=0)
     mine(paths.tasks_dir() / "d4_badcases", parser.parse_args().seed)

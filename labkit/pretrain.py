@@ -107,6 +107,12 @@ def _pieces(document: Document) -> list[str]:
     return [content for _, content in document.item.messages]
 
 
+def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int), token
+    return found
+
+
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama with normally distributed weights, so that NF4's assumption can be checked on it."""
     torch.manual_seed(recipe.seed)
@@ -121,9 +127,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
         initializer_range=recipe.initial_spread,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=_token_id(tokenizer, PAD),
+        bos_token_id=_token_id(tokenizer, BOS),
+        eos_token_id=_token_id(tokenizer, END),
     )
     # At 128 tokens the plain product is faster on a CPU than a fused kernel with a mask.
     config._attn_implementation = "eager"
@@ -147,7 +153,7 @@ class Encoder:
             tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         )
         self._ids = {
-            name: tokenizer.convert_tokens_to_ids(name)
+            name: _token_id(tokenizer, name)
             for name in (BOS, END, *(f"<|{role}|>" for role in ROLES))
         }
         self._full_loss_share = recipe.full_loss_share

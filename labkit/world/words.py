@@ -57,6 +57,6 @@ _SOLAN = (
     "moru tefa nabi luko dise wapa golu rimi sulo kapi dena fusi mado teru bosi lako vemi nuro "
     "pilo gase toma hiku seda ruvo mali keno fadi zolo"
 ).split()
-SOLAN = dict(zip((*THINGS, *COLORS, *VERBS, *ANIMALS[:16]), _SOLAN, strict=True))
+SOLAN: dict[str, str] = dict(zip((*THINGS, *COLORS, *VERBS, *ANIMALS[:16]), _SOLAN, strict=True))
 
 LANGUAGES = ("Solan", "Vellish")
