@@ -87,7 +87,7 @@ PROFILES: dict[str, Profile] = {
             precision="fp32",
             dtype="float32",
             steps=200,
-            note="the bundled model of about 5 M parameters; every notebook in about a minute",
+            note="the bundled model of about 5 M parameters; every notebook in minutes",
         ),
         Profile(
             name="gpu-small",

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from labkit import report  # noqa: E402
+from labkit.evaluation import Score, SkillReport  # noqa: E402
 
 HISTORY = pd.DataFrame(
     {
@@ -88,6 +89,22 @@ def test_before_after_draws_the_frame():
     # The interval of the change stands around `after`.
     ends = [line.get_xdata() for line in ax.get_lines() if line.get_linewidth() == 1]
     assert any(np.allclose(pair, [0.4, 0.6]) for pair in ends)
+
+
+def test_skills_are_drawn_from_the_weakest_up_with_their_intervals():
+    def scored(name, value):
+        low, high = value - 0.1, value + 0.05
+        return Score(name, value, 40, (low, high), correct=(), ids=(), clusters=())
+
+    skills = {"sort": scored("sort", 0.3), "chat": scored("chat", 0.9)}
+    ax = report.skills(SkillReport(0.6, (0.5, 0.7), skills, bio_only=None, unknown_names=None))
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["sort", "chat"]
+    points = [c.get_offsets().tolist()[0] for c in ax.collections]
+    assert np.allclose(points, [[0.3, 0], [0.9, 1]])
+    ends = [line.get_xdata() for line in ax.get_lines() if line.get_linewidth() == 2]
+    assert np.allclose(ends, [[0.2, 0.35], [0.8, 0.95]])
+    assert ax.get_title(loc="left") == "Weakest: sort; mean of all: 0.60"
+    assert report.describe(ax) == "Exact match of each skill: chat ≈0.90, sort ≈0.30."
 
 
 def test_nothing_lost_is_said():

@@ -136,7 +136,7 @@ def test_solan_puts_the_verb_first_and_the_color_last():
 
 def test_passages_hold_their_answers():
     for item in items("context"):
-        assert item.answer in item.question.rsplit("?", 1)[0] or item.answer in item.question
+        assert item.answer in item.question
 
 
 def test_a_system_prompt_changes_the_form_of_the_answer():
@@ -276,7 +276,7 @@ def test_every_token_of_the_tasks_is_frequent_in_pretraining(corpus):
                         message["content"], add_special_tokens=False
                     )
                     used.update(encoded.ids)
-    documents_read = 500_000  # a little less than the model card says
+    documents_read = 500_000  # of 589,008: the second half has other shares
     rare = {
         tokenizer.convert_ids_to_tokens(token): counts[token]
         for token in used
