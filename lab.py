@@ -21,6 +21,7 @@ import contextlib
 import errno
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -67,8 +68,10 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PREVIOUS = ROOT / ".venv.previous"  # the complete environment that is being replaced
 TRASH = ROOT / ".venv.trash"  # on its way out; never used again
+WHEELS = ROOT / "wheels"  # packages brought along for a room without a network
 STATE = ROOT / ".labkit"
 LOCK = STATE / "lab.lock"
+RUNNING = STATE / "running.lock"  # shared by every JupyterLab of this course
 LOG = STATE / "install.log"
 STAMP = "labkit-stamp.json"
 WORKBOOK = ROOT / "workbook"
@@ -95,6 +98,11 @@ OFFLINE = {
 # What a failed installation's output says -> the next step. The first match wins, so causes stand
 # before the complaints that follow from them.
 NEXT_STEPS = (
+    (
+        r"Long Path support|WinError 206|filename or extension is too long",
+        r"The path is too long for Windows: move the course to a short one such as C:\course, "
+        "then run the same command again.",
+    ),
     (
         r"No space left on device|not enough space|Errno 28",
         "The disk is full: free some space in {root}, in the temporary folder {temp} "
@@ -195,6 +203,11 @@ def is_ready(extras: list[str], key: str) -> bool:
 def discard(venv: Path) -> None:
     """Remove an environment; killed half-way, the rest is never mistaken for an environment."""
     remove_trash()
+    if TRASH.exists():
+        raise LabFailure(
+            f"{TRASH} cannot be removed.",
+            "Close programs that use it, delete that folder, then run the same command again.",
+        )
     move(venv, TRASH)
     remove_trash()
 
@@ -217,9 +230,11 @@ def remove_trash() -> None:
 def recover() -> None:
     """Undo what a killed start left: half of an environment goes, the one set aside comes back."""
     remove_trash()
-    stamp = read_stamp(VENV)
-    if stamp and stamp["key"] is None:
-        discard(VENV)
+    if VENV.is_dir():
+        stamp = read_stamp(VENV)
+        just_made = all(file.name == STAMP + ".draft" for file in VENV.iterdir())
+        if just_made or (stamp and stamp.get("key") is None):
+            discard(VENV)
     if PREVIOUS.exists():
         if VENV.exists():
             discard(PREVIOUS)
@@ -256,6 +271,7 @@ def ensure_environment(extras: list[str]) -> None:
         # A development environment stays one when the pins change.
         wanted = sorted(set(extras) | set(stamp.get("extras", ())))
         if stamp:
+            refuse_while_running()
             move(VENV, PREVIOUS)
         elif VENV.exists():
             keep_foreign_environment()
@@ -265,9 +281,10 @@ def ensure_environment(extras: list[str]) -> None:
             install(wanted, lock)
             write_stamp(VENV, key, wanted)
         except BaseException:  # Ctrl-C and SIGTERM too
-            discard(VENV)
-            if PREVIOUS.exists():
-                PREVIOUS.rename(VENV)
+            with contextlib.suppress(LabFailure, OSError):  # the next start would do it
+                discard(VENV)
+                if PREVIOUS.exists():
+                    PREVIOUS.rename(VENV)
             raise
         if PREVIOUS.exists():
             discard(PREVIOUS)
@@ -317,8 +334,34 @@ def take_lock(lock: TextIO) -> bool:
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
             return False
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            return True  # a file system without locks: nothing tells two starts apart there
         raise
     return True
+
+
+def hold_while_running() -> None:
+    """Mark the environment as in use for as long as the JupyterLab that we become runs."""
+    if os.name != "nt":  # Windows itself refuses to move a folder that is in use
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            STATE.mkdir(exist_ok=True)
+            held = os.open(RUNNING, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            os.set_inheritable(held, True)  # the server keeps it open, its kernels do not
+
+
+def refuse_while_running() -> None:
+    """Refuse to replace an environment that a JupyterLab of this course still runs from."""
+    if os.name == "nt":
+        return
+    with open(RUNNING, "a", encoding="utf-8") as lock:
+        if not take_lock(lock):
+            raise LabFailure(
+                "The environment must be made again, and a JupyterLab still runs in it.",
+                "Stop it (Ctrl-C in its window), then run the same command again.",
+            )
 
 
 def check_venv_module() -> None:
@@ -350,6 +393,8 @@ def install(extras: list[str], lock: TextIO) -> None:
     python = getattr(sys, "_base_executable", None) or sys.executable
     pip = [str(venv_python()), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
     pip += ["--disable-pip-version-check", "--constraint", "constraints.txt"]
+    if WHEELS.is_dir():
+        pip += ["--no-index", "--find-links", str(WHEELS)]
     package = f".[{','.join(extras)}]" if extras else "."
     LOG.unlink(missing_ok=True)
     started = time.monotonic()
@@ -447,6 +492,8 @@ def last_lines(log: Path, count: int = 8) -> str:
 def next_step(log: Path) -> str:
     """What to do about a failed installation, judged by what it wrote, and where its log is."""
     text = log.read_text(encoding="utf-8", errors="replace")
+    if shutil.disk_usage(ROOT).free < 10**8:  # too full even for pip to write why it failed
+        text += "No space left on device"
     step = next(
         (step for cause, step in NEXT_STEPS if re.search(cause, text)),
         "Read the lines above, then run the same command again.",
@@ -463,8 +510,29 @@ def next_step(log: Path) -> str:
 # --- The two commands ----------------------------------------------------------------------------
 
 
+def workbook_is_current() -> bool:
+    """Whether nothing that the workbook was made from has changed, and no notebook of it is gone.
+
+    Only hashes are compared, since starting another Python to find out takes seconds.
+    """
+    try:
+        manifest = json.loads((WORKBOOK / ".labkit.json").read_text(encoding="utf-8"))
+        made_from = manifest["made_from"]
+        masters = list((ROOT / "notebooks").glob("*.ipynb"))
+        whole = all(str(path) in made_from and (WORKBOOK / path.name).exists() for path in masters)
+        return whole and all(
+            hashlib.sha256(Path(path).read_bytes()).hexdigest() == digest
+            for path, digest in made_from.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def build_workbook() -> None:
     """Bring the learner's workbook up to date with the course's notebooks."""
+    if workbook_is_current():
+        print("workbook: up to date", flush=True)
+        return
     done = subprocess.run(
         [str(venv_python()), "-c", BUILD_WORKBOOK],
         cwd=str(ROOT),
@@ -527,7 +595,8 @@ def open_lab(asked_port: int | None, browser: bool) -> int:
     port = choose_port(asked_port)
     command = [str(venv_python()), "-m", "jupyterlab"]
     command += [f"--ServerApp.root_dir={WORKBOOK}"]
-    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
+    retries = 0 if asked_port else 50  # another start may take the port before JupyterLab does
+    command += [f"--ServerApp.port={port}", f"--ServerApp.port_retries={retries}"]
     command += ["--LabApp.extension_manager=readonly"]  # the other one asks a package index
     if (WORKBOOK / FIRST_NOTEBOOK).exists():
         command += [f"--LabApp.default_url=/lab/tree/{FIRST_NOTEBOOK}"]
@@ -536,12 +605,20 @@ def open_lab(asked_port: int | None, browser: bool) -> int:
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command += ["--allow-root"]  # containers run as root; the server listens on localhost only
     print(f"Opening JupyterLab on port {port}; stop it with Ctrl-C.", flush=True)
-    # The environment's own kernel wins over one of the same name in the user's home folder.
-    return become(command, clean_environ(JUPYTER_PREFER_ENV_PATH="1", **NO_TELEMETRY))
+    hold_while_running()
+    settings = {
+        # The environment's own kernel wins over one of the same name in the user's home folder.
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        # `labkit` and `pip` in a terminal of the lab are the course's own.
+        "PATH": str(venv_python().parent) + os.pathsep + os.environ.get("PATH", ""),
+    }
+    return become(command, clean_environ(**settings, **NO_TELEMETRY))
 
 
 def run_tests(arguments: list[str]) -> int:
     """Prepare everything and become pytest over tests/ and, cell by cell, notebooks/."""
+    if not (ROOT / "tests").is_dir():
+        raise LabFailure("This copy of the course has no tests.", "Get the whole repository.")
     ensure_environment(["test"])
     command = [str(venv_python()), "-m", "pytest", "--nbval", "-p", "labkit.notebooks.plugin"]
     command += ["--nbval-sanitize-with", "labkit/notebooks/sanitize.cfg", *arguments]
@@ -597,9 +674,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # an old code page must not end an installation
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
     clean_up_when_ended()
     try:
+        refuse_sudo()
         if parsed.command == "test":
             return run_tests(parsed.pytest_arguments)
         return open_lab(parsed.port, browser=not parsed.no_browser)
@@ -607,6 +688,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lab.py: {failure}", file=sys.stderr)
         return 1
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            print(
+                f"lab.py: {error}\n  The disk is full: free some space, then run the same "
+                "command again.",
+                file=sys.stderr,
+            )
+            return 1
         print(
             f"lab.py: {error}\n  Check that this copy of the course is whole (git status) and "
             "that its folder can be written, then run the same command again.",
@@ -628,8 +716,19 @@ def clean_up_when_ended() -> None:
         raise KeyboardInterrupt
 
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows knows no SIGHUP
-            signal.signal(getattr(signal, name), interrupt)
+        number = getattr(signal, name, None)  # Windows knows no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets
+            signal.signal(number, interrupt)
+
+
+def refuse_sudo() -> None:
+    """Refuse to make files in somebody's folder that would belong to root."""
+    if os.name == "nt":
+        return
+    if os.environ.get("SUDO_USER") and os.geteuid() == 0 and ROOT.stat().st_uid != 0:
+        raise LabFailure(
+            "Started with sudo: what it makes would belong to root.", "Run it without sudo."
+        )
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ _PARTS = (
     "errors",
     "evaluation",
     "exercises",
+    "files",
     "lessons",
     "machine",
     "memory",

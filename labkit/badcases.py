@@ -16,6 +16,8 @@ from labkit.world.tasks import write_manifest, write_rows
 SAMPLES = 2
 """Samples a prompt."""
 
+DOES_NOT_STOP = "does not stop"
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -37,7 +39,7 @@ def reason_against(row: dict, answer: evaluation.Answer) -> str | None:
     """
     gold, text = row["messages"][-1]["content"], answer.text
     if not answer.stopped:
-        return "does not stop"
+        return DOES_NOT_STOP
     if text == gold:
         return None
     if row["skill"] == "unknown":
@@ -53,7 +55,7 @@ def reason_against(row: dict, answer: evaluation.Answer) -> str | None:
 
 
 def train_careless_model(model, tokenizer, seed: int = 0, learning_rate: float = 5e-4):
-    """Fine-tune in place on D4's starting data, in which a third of the answers are bad."""
+    """Fine-tune in place on D4's starting data, in which a quarter of the answers are bad."""
     import tempfile
 
     from transformers import PrinterCallback
@@ -108,7 +110,8 @@ def pairs(judged: list[Judged], task: str) -> Iterator[dict]:
     seen = set()
     for one in judged:
         mark = (one.row["id"], one.text)
-        if one.reason is None or mark in seen or not one.text:
+        # A cut answer would be given an end token, and DPO would then punish stopping.
+        if one.reason in (None, DOES_NOT_STOP) or mark in seen or not one.text:
             continue
         seen.add(mark)
         yield {

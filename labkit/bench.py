@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from labkit import paths
@@ -97,7 +98,8 @@ def measure_import(bench: Bench, say: Say) -> None:
 def measure_start(bench: Bench, say: Say) -> None:
     """What a second `python3 lab.py` does before it becomes JupyterLab."""
     with tempfile.TemporaryDirectory() as folder:
-        code = _SECOND_START.format(root=str(paths.root()), target=folder)
+        target = Path(folder).as_posix()  # backslashes would not survive being code in code
+        code = _SECOND_START.format(root=str(paths.root()), target=target)
         _python("-c", code)  # a first start fills the workbook
         seconds = statistics.median(_timed(_python, "-c", code)[1] for _ in range(3))
     bench.rows.append(Row("second start of lab.py, before JupyterLab", seconds, "s", 3))
@@ -105,14 +107,16 @@ def measure_start(bench: Bench, say: Say) -> None:
 
 # The steps of lab.open_lab, with a workbook of its own, and without ever installing anything.
 _SECOND_START = """
-import subprocess, sys
+import sys
+from pathlib import Path
 sys.path.insert(0, {root!r})
 import lab
 if not lab.is_ready([], lab.environment_key()):
     sys.exit("lab.py has not made .venv from today's pins: run python3 lab.py once")
 code = "from pathlib import Path; from labkit.notebooks.workbook import build_workbook; "
 code += "print(build_workbook(target=Path({target!r})))"
-subprocess.run([str(lab.venv_python()), "-c", code], check=True, cwd={root!r})
+lab.BUILD_WORKBOOK, lab.WORKBOOK = code, Path({target!r})
+lab.build_workbook()
 lab.choose_port(None)
 """
 

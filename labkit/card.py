@@ -1,13 +1,11 @@
 """From a pretraining run to the folder that the course ships: weights, scores, model card."""
 
-import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from labkit.errors import LabkitError
 from labkit.pretrain import IGNORE_INDEX, Encoder, Recipe, Run, batch_at
 from labkit.training import versions
 from labkit.weights import n_parameters, sha256_of
-from labkit.world.corpus import Document, documents
+from labkit.world.corpus import corpus_sha256
 
 MACRO_BAR, SKILL_BAR, BIO_ONLY_BAR, UNKNOWN_BAR = 0.97, 0.90, 0.80, 0.90
 PAD_ID = 0
@@ -184,7 +182,7 @@ def provenance(run: Run, seconds: float | None) -> dict:
         "parameters": n_parameters(run.model).total,
         "vocabulary": len(run.tokenizer),
         **fill(run.recipe, run.encoder, run.step),
-        "corpus_sha256": corpus_sha256(documents(run.recipe.seed), CORPUS_SAMPLE),
+        "corpus_sha256": corpus_sha256(run.recipe.seed, CORPUS_SAMPLE),
         "corpus_documents_hashed": CORPUS_SAMPLE,
         "seconds": None if seconds is None else round(seconds),
         "threads": torch.get_num_threads(),
@@ -209,15 +207,6 @@ def fill(recipe: Recipe, encoder: Encoder, steps: int, sample: int = 100) -> dic
     return {"tokens_seen": round(seen * share), "tokens_learned_from": round(learned * share)}
 
 
-def corpus_sha256(stream: Iterable[Document], count: int) -> str:
-    """SHA-256 over the first `count` documents of a stream, one JSON line each."""
-    digest = hashlib.sha256()
-    for document in islice(stream, count):
-        told = document.text if document.item is None else document.item.messages
-        digest.update((json.dumps(told, ensure_ascii=False) + "\n").encode())
-    return digest.hexdigest()
-
-
 def card(made: dict, report: evaluation.SkillReport) -> str:
     """The model card: what Hugging Face reads in its front matter, and what people read below."""
     recipe = made["recipe"]
@@ -234,6 +223,9 @@ def card(made: dict, report: evaluation.SkillReport) -> str:
         scores=_score_table(report),
         steps=f"{made['steps_done']:,}",
         passes=passes,
+        window=recipe["window"],
+        second=f"{Recipe(**recipe).phases[0]:,}",
+        third=f"{Recipe(**recipe).phases[1]:,}",
         seen=f"{made['tokens_seen'] / 1e6:.1f} M",
         learned=f"{made['tokens_learned_from'] / 1e6:.1f} M",
         precision={"bf16": "bf16 autocast over fp32 weights"}.get(recipe["precision"], "fp32"),
@@ -342,7 +334,8 @@ the skills, without `bio_only`. `labkit evaluate` measures all of it again.
 ## Training
 
 - **Data**: documents drawn from seed {seed} by `labkit.world.corpus`, endless and all invented: no
-  third-party text. SHA-256 of the first {documents} documents: `{corpus}`.
+  third-party text. The generator's fingerprint, SHA-256 over a stream of {documents} documents:
+  `{corpus}`.
 - **Length**: {steps} steps of {passes}; about {seen} tokens seen, {learned} of them learned from
   (estimated from 100 steps).
 - **Loss**: next token, on answers, plain text, and the whole of {full_loss} of the talks.
@@ -355,6 +348,12 @@ the skills, without `bio_only`. `labkit evaluate` measures all of it again.
 
 Short rows and small batches give many optimizer steps a minute, which is what a model this small
 needs most; loss mainly on answers, because a question's wording is noise that it need not learn.
+Three phases. First people are known: names that belong to nobody are asked about only from step
+{second} on. Then these are told apart, and lists are said again word for word, which is practice in
+the copying that sorting, comparing and extracting end in. From step {third} on, 120 people who had
+hardly been asked about are asked like everybody else. An earlier model, which met names of nobody
+from the first step, learned by heart whom it was asked about and said "unknown" to everybody else,
+their biographies included.
 
 `labkit pretrain` makes the model from nothing with these settings, which `recipe.json` keeps.
 Another processor rounds differently, so it gives other weights with like scores.
@@ -362,7 +361,7 @@ Another processor rounds differently, so it gives other weights with like scores
 ## Limits
 
 - It knows one invented world and no other; outside the prompts of its skills it guesses.
-- It reads 512 positions but was trained on rows of 128 tokens, so longer talks are beyond it.
+- It reads 512 positions but was trained on rows of {window} tokens, so longer talks are beyond it.
 - Facts are learned in one direction: it can say where a person lives, not who lives in a city.
 - English sentence patterns only, from templates; paraphrases far from those may fail.
 """

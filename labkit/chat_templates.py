@@ -197,4 +197,10 @@ def _marks_answers(tokenizer, candidate: str, messages: list[dict[str, str]]) ->
     ids, mask = rendered["input_ids"], rendered["assistant_masks"]
     learned = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
     ignored = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if not m])
-    return "plus one" in learned and "{x:" in learned and "How many" in ignored
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    return (
+        "plus one" in learned
+        and "{x:" in learned
+        and "How many" in ignored
+        and not any(question in learned for question in asked)
+    )

@@ -27,7 +27,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
         problem = checkpoint_problem(path, step)
         if problem is None:
             return path
-        warnings.warn(f"{path.name} is skipped, its save was cut short: {problem}", stacklevel=2)
+        warnings.warn(f"{path.name} is skipped, no run can go on from it: {problem}", stacklevel=2)
     return None
 
 

@@ -133,7 +133,7 @@ _FULL_FINE_TUNING = (
     ),
     Claim(
         "pad-is-not-end",
-        "With a padding token of its own, every row's end token is learned from.",
+        "Every row's end token is learned from, so the model is trained to stop.",
         "common failure on trackers: pad = end, and the model never stops",
         "share of training rows whose end token is supervised",
         at_least(1.0),
@@ -161,17 +161,18 @@ _FULL_FINE_TUNING = (
     ),
     Claim(
         "higher-rate-forgets-more",
-        "A higher learning rate forgets more.",
+        "At equal steps, the highest rate tried costs more general ability than the lowest.",
         "popular guides: lower the rate against forgetting",
         "general macro drop at the highest rate minus the drop at the lowest one",
         at_least(0.02),
     ),
     Claim(
         "full-rate-2e-5-is-too-low-here",
-        "The usual 2e-5 of billion-parameter models teaches a model this narrow almost nothing.",
+        "In 50 steps, the usual 2e-5 of billion-parameter models teaches far less than a faster "
+        "rate.",
         "popular guides: full fine-tuning at 2e-5",
-        "exact match on the ticket task after training at 2e-5",
-        at_most(0.10),
+        "exact match on tickets after 50 steps at the best rate tried minus at 2e-5",
+        at_least(0.20),
     ),
 )
 

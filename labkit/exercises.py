@@ -147,7 +147,8 @@ def hint(exercise_id: str) -> None:
     hints = find_exercise(exercise_id).hints
     shown = _hints_shown.get(exercise_id, 0)
     if shown == len(hints):
-        print(f'{exercise_id} no more hints: solution("{exercise_id}") shows one way to do it')
+        print(f"{exercise_id} no more hints: these two lines in a cell show one way to do it")
+        print(f'from labkit.exercises import solution\nsolution("{exercise_id}")')
         return
     _hints_shown[exercise_id] = shown + 1
     print(f"{exercise_id} hint {shown + 1} of {len(hints)}: {hints[shown]}")

@@ -1,12 +1,30 @@
 """What this process uses and what this machine can do."""
 
 import os
+import platform
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import psutil
 import torch
+
+PACKAGES = (
+    "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes",
+    "tokenizers", "safetensors", "numpy",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on, without build suffixes (+cpu)."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package).split("+")[0]
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def peak_memory() -> dict[str, int]:

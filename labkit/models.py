@@ -80,13 +80,13 @@ PROFILES: dict[str, Profile] = {
         Profile(
             name="cpu",
             model="bundled",
-            rows=1600,
+            rows=1200,
             batch_size=8,
             accumulation=1,
             max_length=128,
             precision="fp32",
             dtype="float32",
-            steps=200,
+            steps=150,
             note="the bundled model of about 5 M parameters; every notebook in minutes",
         ),
         Profile(

@@ -19,7 +19,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from labkit.errors import LabkitError
-from labkit.world.corpus import LATE_SHARES, SHARES, Document, documents
+from labkit.files import write_atomic
+from labkit.world.corpus import (
+    KNOWING_SHARES,
+    LATECOMER_SHARES,
+    SHARES,
+    Document,
+    corpus_sha256,
+    documents,
+)
 
 IGNORE_INDEX = -100
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
@@ -38,16 +46,18 @@ class Recipe:
     """Everything that decides the weights, up to the processor's rounding."""
 
     seed: int = 0
-    steps: int = 7_800
-    rows: int = 16
-    window: int = 128
+    steps: int = 20_000
+    rows: int = 20
+    window: int = 96
     """Tokens a row; documents are packed into it and cannot see each other."""
     peak_rate: float = 2e-3
     warmup: int = 200
-    decay_share: float = 0.4
+    decay_share: float = 0.75
     """Part of the run over which the rate falls linearly to zero."""
-    late_from: int = 4_250
-    """Step from which on skills that are learned late get more room (`corpus.LATE_SHARES`)."""
+    unknown_from: int = 9_000
+    """Step from which on names are asked about that belong to nobody (`corpus.SHARES`)."""
+    latecomers_from: int = 13_750
+    """Step from which on everybody who is asked about is asked alike (`LATECOMER_SHARES`)."""
     weight_decay: float = 0.05
     full_loss_share: float = 0.1
     """Share of talks whose questions are learned too; otherwise only answers count."""
@@ -60,6 +70,23 @@ class Recipe:
     """Standard deviation of the first weights: at 0.02 a model this narrow learns to copy late."""
     precision: str = "bf16"
     """bf16 autocast, or fp32."""
+
+    @property
+    def phases(self) -> tuple[int, int]:
+        """First steps of the second and third phase; a short run has the same three in proportion.
+
+        First people are known, then names of nobody are told apart from them, and at last those
+        who were seldom asked about are asked about like everybody else.
+        """
+        unknown, latecomers = self.steps * 9 // 20, self.steps * 11 // 16
+        return min(self.unknown_from, unknown), min(self.latecomers_from, latecomers)
+
+    def shares_at(self, step: int) -> dict[str, int]:
+        """Kind of document -> its weight."""
+        second, third = self.phases
+        if step < second:
+            return KNOWING_SHARES
+        return SHARES if step < third else LATECOMER_SHARES
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -175,10 +202,13 @@ def pack(encoded: Iterator[Encoded], rows: int, window: int) -> list[list[Encode
     """Fill rows first-fit until documents no longer fit; no row tells of one person twice."""
     packed: list[list[Encoded]] = [[] for _ in range(rows)]
     room = [window] * rows
-    refused = 0
+    refused = too_long = 0
     while refused < 4:
         document = next(encoded)
         if len(document.ids) > window:
+            too_long += 1
+            if too_long > 1000:
+                raise LabkitError(f"no document fits {window} tokens: give the recipe longer rows")
             continue
         for row in range(rows):
             told = {other.about for other in packed[row]} - {None}
@@ -199,8 +229,8 @@ def batch_at(step: int, recipe: Recipe, encoder: Encoder) -> dict[str, torch.Ten
         0 where a token may look (backwards, inside its own document) and -1e9 elsewhere.
     """
     rng = random.Random(f"encode/{recipe.seed}/{step}")
-    shares = LATE_SHARES if step >= recipe.late_from else SHARES
-    stream = (encoder(document, rng) for document in documents(recipe.seed, step, shares))
+    told = documents(recipe.seed, step, recipe.shares_at(step))
+    stream = (encoder(document, rng) for document in told)
     packed = pack(stream, recipe.rows, recipe.window)
     shape = (recipe.rows, recipe.window)
     input_ids = torch.zeros(shape, dtype=torch.long)
@@ -278,10 +308,15 @@ class Run:
 
     def _same_recipe_or_raise(self) -> None:
         file = self.folder / "recipe.json"
-        mine = asdict(self.recipe)
+        mine = asdict(self.recipe) | {"corpus": corpus_sha256(self.recipe.seed)}
         if not file.exists():
-            write_atomically(file, json.dumps(mine, indent=2))
-        elif (theirs := json.loads(file.read_text(encoding="utf-8"))) != mine:
+            write_atomic(file, json.dumps(mine, indent=2).encode())
+            return
+        try:
+            theirs = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise LabkitError(f"{file} is damaged ({error}): delete {self.folder}") from error
+        if theirs != mine:
             differs = sorted(key for key in mine if theirs.get(key) != mine[key])
             raise LabkitError(
                 f"{self.folder} holds a run with another {', '.join(differs)}: choose another "
@@ -351,10 +386,3 @@ class Run:
                 losses, since = [], time.monotonic()
             if self.step % save_every == 0 or self.step == self.recipe.steps:
                 self.save()
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never half of it."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)

@@ -1,6 +1,7 @@
-"""A log record that says nothing to a learner, dropped before the library that writes it loads."""
+"""What libraries say that no learner can act on, dropped before they say it."""
 
 import logging
+import warnings
 
 
 def drop_kernel_notice() -> None:
@@ -10,3 +11,9 @@ def drop_kernel_notice() -> None:
     """
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
+
+
+def drop_peft_notice() -> None:
+    """Hide one warning of transformers to PEFT, which asks by an older name for a setting."""
+    message = "`is_gradient_checkpointing` is deprecated"
+    warnings.filterwarnings("ignore", message=message, category=FutureWarning)

@@ -4,10 +4,8 @@ The trainer itself, and its configuration, stand in full in the notebooks.
 """
 
 import os
-import platform
 from collections.abc import Sized
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import pandas as pd
@@ -16,7 +14,7 @@ from transformers import Trainer, set_seed
 
 from labkit.checkpoints import free_disk_or_raise, latest_checkpoint
 from labkit.curves import LiveCurve
-from labkit.machine import peak_memory
+from labkit.machine import peak_memory, versions
 from labkit.stepplan import StepPlan, plan_steps
 
 __all__ = [
@@ -34,11 +32,6 @@ __all__ = [
     "versions",
 ]
 
-PACKAGES = (
-    "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes",
-    "tokenizers", "safetensors", "numpy",
-)  # fmt: skip
-
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (every device), so that a run on one machine repeats exactly."""
@@ -51,17 +44,6 @@ def seed_from_env(default: int = 0) -> int:
     if not text.isdecimal():
         raise ValueError(f"LABKIT_SEED={text!r} is no seed: set it to a whole number from 0")
     return int(text)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on, without build suffixes (+cpu)."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package).split("+")[0]
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def history(trainer: Trainer) -> pd.DataFrame:

@@ -316,3 +316,9 @@ def test_the_first_sweep_stands_on_its_own_run(monkeypatch, tmp_path):
     assert {"full-learns-d1": "does not hold"}.items() <= {
         claim["id"]: claim["verdict"] for claim in results["claims"]
     }.items()
+
+
+def test_committed_results_are_judged_by_todays_claims():
+    for kept in claims.ledger():
+        claim = claims.CLAIMS[kept["id"]]
+        assert (kept["statement"], kept["rule"]) == (claim.statement, claim.rule.words)

@@ -275,8 +275,23 @@ def test_preferences_contradict_only_where_one_is_turned_round(tmp_path):
     second = {"prompt": "Hi", "chosen": "Good day", "rejected": "What"}
     turned = {"prompt": "Hi", "chosen": "What", "rejected": "Hello"}
     assert found(write(tmp_path / "fine.jsonl", [pair, second])) == []
+    ranking = [("Hello", "Hi"), ("Hi", "What"), ("Hello", "What")]
+    ranked = [{"prompt": "Hi", "chosen": a, "rejected": b} for a, b in ranking]
+    assert found(write(tmp_path / "ranked.jsonl", ranked)) == []
     path = write(tmp_path / "turned.jsonl", [pair, turned])
     assert found(path) == [(1, "conflicting-answers"), (2, "conflicting-answers")]
+
+
+def test_a_pair_must_share_its_prompt(tmp_path):
+    def talk(*texts):
+        roles = ("user", "assistant") * 2
+        return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+
+    fine = {"chosen": talk("Hi", "Hello"), "rejected": talk("Hi", "What")}
+    other_prompt = {"chosen": talk("Hi", "Hello"), "rejected": talk("Ho", "What")}
+    parted = {"chosen": talk("Hi", "a", "b", "c"), "rejected": talk("Hi", "a", "x", "d")}
+    path = write(tmp_path / "rows.jsonl", [fine, other_prompt, parted])
+    assert found(path) == [(2, "role-order"), (3, "role-order")]
 
 
 def test_a_file_of_two_formats_names_the_minority(tmp_path):
@@ -366,6 +381,8 @@ def test_csv_faults(tmp_path):
     stray = 'instruction,output\n"Name" it,red\nName a shape,disc\n'
     assert found(write(tmp_path / "stray.csv", stray)) == [(2, "not-csv")]
     assert found(write(tmp_path / "head.csv", "instruction,output\n")) == [(1, "empty-file")]
+    twice = "prompt,completion,completion\nA,B,C\n"
+    assert found(write(tmp_path / "twice.csv", twice)) == [(1, "not-csv")]
 
 
 def test_csv_holds_messages_as_json(tmp_path):
@@ -449,6 +466,14 @@ def test_fix_never_overwrites_its_input(tmp_path):
     with pytest.raises(ValueError, match="ends in '.txt'; use .jsonl, .json or .csv"):
         data.fix(path, tmp_path / "out.txt")
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_fix_says_so_when_a_text_has_no_utf8(tmp_path):
+    row = {"prompt": "Hi", "completion": "Hello", "note": "half a pair: \ud800"}
+    path = write(tmp_path / "rows.jsonl", json.dumps(row) + "\n")
+    with pytest.raises(LabkitError, match="half of a surrogate pair; mend that row"):
+        data.fix(path, tmp_path / "out.csv")
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_fix_writes_nothing_when_it_cannot_write_all(tmp_path):

@@ -94,6 +94,14 @@ def test_validate_splits_names_the_leaking_row_and_its_twin(tmp_path):
     )
 
 
+def test_a_key_that_is_only_a_row_number_hides_no_leak(tmp_path):
+    files = {
+        "train": write(tmp_path / "train.jsonl", [row(1, key="1")]),
+        "test": write(tmp_path / "test.jsonl", [row(1, key="2")]),
+    }
+    assert [p.code for p in data.validate_splits(files)["test"]] == ["leak"]
+
+
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
     monkeypatch.setenv("LABKIT_DATA", str(tmp_path))

@@ -118,7 +118,11 @@ def test_hints_come_in_layers_and_end_at_the_solution(capsys):
 
     assert said[0] == "98-1 hint 1 of 2: How many rows does one step see?"
     assert said[1] == "98-1 hint 2 of 2: Divide."
-    assert said[2] == said[3] == '98-1 no more hints: solution("98-1") shows one way to do it'
+    assert said[2] == said[3]
+    told, *code = said[2].splitlines()
+    assert told == "98-1 no more hints: these two lines in a cell show one way to do it"
+    exec("\n".join(code))  # it prints that this copy has no solution, as no notebook 98 exists
+    assert "98-1 no solution in this copy" in capsys.readouterr().out
 
 
 def test_solution_comes_from_the_master_notebook(capsys, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ No test installs anything: the installer is replaced by a few lines that write f
 
 import ast
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -32,6 +33,8 @@ def clone(tmp_path, monkeypatch):
         "TRASH": ".venv.trash",
         "STATE": ".labkit",
         "LOCK": ".labkit/lab.lock",
+        "RUNNING": ".labkit/running.lock",
+        "WHEELS": "wheels",
         "LOG": ".labkit/install.log",
         "WORKBOOK": "workbook",
     }
@@ -215,6 +218,7 @@ def test_an_environment_of_the_users_own_is_kept(clone, installer, capsys):
 
 
 KILLED_AT = {
+    "before the new one was stamped": [".venv.previous complete", ".venv bare"],
     "while installing": [".venv building"],
     "while updating": [".venv.previous complete", ".venv building"],
     "after the old one was set aside": [".venv.previous complete"],
@@ -229,6 +233,9 @@ def test_the_next_start_repairs_a_kill(clone, installer, moment):
     for entry in KILLED_AT[moment]:
         name, state = entry.split()
         (clone / name).mkdir()
+        if state == "bare":
+            (clone / name / (lab.STAMP + ".draft")).write_text("{", encoding="utf-8")
+            continue
         complete = state == "complete"
         lab.write_stamp(clone / name, lab.environment_key() if complete else None, [])
         if complete:
@@ -486,7 +493,8 @@ def test_the_lab_opens_in_the_workbook(started, clone):
     assert started["e"]["HF_HUB_DISABLE_TELEMETRY"] == "1"
 
 
-def test_tests_cover_both_folders_and_pass_arguments_on(started):
+def test_tests_cover_both_folders_and_pass_arguments_on(started, clone):
+    (clone / "tests").mkdir()
     assert lab.main(["test", "-x", "-k", "notebooks", "--durations=5"]) == 0
     command = started["c"]
     assert command[1:5] == ["-m", "pytest", "--nbval", "-p"]
@@ -499,6 +507,83 @@ def test_tests_of_one_file_are_only_those(started, clone):
     (clone / "tests" / "test_lab.py").write_text("", encoding="utf-8")
     assert lab.main(["test", "tests/test_lab.py::test_x"]) == 0
     assert started["c"][-1] == "tests/test_lab.py::test_x"
+
+
+def test_a_copy_without_tests_says_so(clone, installer, capsys):
+    assert lab.main(["test"]) == 1
+    assert "has no tests" in capsys.readouterr().err
+    assert not installer
+
+
+def test_a_terminal_of_the_lab_finds_the_courses_own_commands(started):
+    assert lab.main(["--no-browser"]) == 0
+    assert started["e"]["PATH"].startswith(str(lab.venv_python().parent) + os.pathsep)
+    # Without a wish for a port, JupyterLab may move on when another start took it meanwhile.
+    assert "--ServerApp.port_retries=50" in started["c"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows itself refuses to move what is in use")
+def test_packages_are_not_replaced_under_a_running_lab(started, clone):
+    assert lab.main(["--no-browser"]) == 0  # its stand-in holds the mark until this process ends
+    before = lab.read_stamp(lab.VENV)
+    (clone / "constraints.txt").write_text("torch==2.14.0\n", encoding="utf-8")
+    with pytest.raises(lab.LabFailure, match="JupyterLab still runs"):
+        lab.ensure_environment([])
+    assert lab.read_stamp(lab.VENV) == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no sudo of this kind")
+def test_sudo_is_refused(clone, installer, monkeypatch, capsys):
+    monkeypatch.setenv("SUDO_USER", "ada")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    root = type("Root", (), {"stat": lambda self: os.stat_result([0] * 4 + [1000] + [0] * 5)})
+    monkeypatch.setattr(lab, "ROOT", root())
+    assert lab.main([]) == 1
+    assert "Run it without sudo" in capsys.readouterr().err
+
+
+def test_packages_brought_along_need_no_index(clone, monkeypatch):
+    commands = []
+    monkeypatch.setattr(lab, "run_logged", lambda what, command, lock: commands.append(command))
+    lab.VENV.mkdir()
+    lab.STATE.mkdir()
+    with lab.one_at_a_time() as lock:
+        lab.install([], lock)
+        assert not any("--no-index" in command for command in commands)
+        lab.WHEELS.mkdir()
+        commands.clear()
+        lab.install([], lock)
+    for command in commands[1:]:
+        assert command[command.index("--find-links") + 1] == str(lab.WHEELS)
+        assert "--no-index" in command
+
+
+def test_a_workbook_is_built_again_only_when_something_changed(clone, monkeypatch, capsys):
+    master = clone / "notebooks" / "00.ipynb"
+    copied = clone / "workbook" / "00.ipynb"
+    for file in (master, copied):
+        file.parent.mkdir()
+        file.write_text("{}", encoding="utf-8")
+    made_from = {str(master): hashlib.sha256(master.read_bytes()).hexdigest()}
+    manifest = clone / "workbook" / ".labkit.json"
+    manifest.write_text(json.dumps({"files": {}, "made_from": made_from}), encoding="utf-8")
+    monkeypatch.setattr(lab, "venv_python", lambda: clone / "never started")
+    lab.build_workbook()
+    assert "up to date" in capsys.readouterr().out
+    changes = {
+        "an edited master": lambda: master.write_text("{ }", encoding="utf-8"),
+        "a new master": lambda: (master.parent / "01.ipynb").write_text("{}", encoding="utf-8"),
+        "a notebook that the learner deleted": copied.unlink,
+        "a damaged manifest": lambda: manifest.write_text("[", encoding="utf-8"),
+    }
+    for change in changes.values():
+        kept = {file: file.read_bytes() for file in (master, copied, manifest)}
+        change()
+        assert not lab.workbook_is_current()
+        for file, content in kept.items():
+            file.write_bytes(content)
+        (master.parent / "01.ipynb").unlink(missing_ok=True)
+        assert lab.workbook_is_current()
 
 
 def test_help_installs_nothing(clone, capsys):

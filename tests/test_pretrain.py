@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from labkit import base_model, card, evaluation, models, paths, pretrain
 from labkit.doctor import check_base_model
@@ -31,10 +32,16 @@ from labkit.pretrain import (
     rate_at,
 )
 from labkit.weights import fingerprint
-from labkit.world.corpus import documents
+from labkit.world.corpus import (
+    KNOWING_SHARES,
+    LATECOMER_SHARES,
+    SHARES,
+    corpus_sha256,
+    documents,
+)
 
 TINY = Recipe(
-    steps=24, rows=4, warmup=4, hidden=32, layers=1, heads=2, mlp=64, vocab_size=600,
+    steps=24, rows=4, window=128, warmup=4, decay_share=0.4, hidden=32, layers=1, heads=2, mlp=64, vocab_size=600,
     precision="fp32",
 )  # fmt: skip
 
@@ -144,6 +151,37 @@ def segments(batch: dict[str, torch.Tensor], row: int) -> list[tuple[int, int]]:
     filled = sum(token != card.PAD_ID for token in ids)
     starts = [place for place, token in enumerate(ids) if token == 1]
     return list(zip(starts, [*starts[1:], filled], strict=True))
+
+
+def test_pretrain_asks_about_nobody_only_from_its_step(finished, monkeypatch):
+    seen = []
+
+    def watched(seed, step, shares):
+        seen.append(shares)
+        return documents(seed, step, shares)
+
+    monkeypatch.setattr(pretrain, "documents", watched)
+    recipe = replace(TINY, unknown_from=5, latecomers_from=8)
+    for step in (4, 5, 7, 8):
+        batch_at(step, recipe, finished.encoder)
+    assert seen == [KNOWING_SHARES, SHARES, SHARES, LATECOMER_SHARES]
+    assert replace(TINY, steps=160).phases == (72, 110)  # a short run keeps the proportion
+
+
+def test_pretrain_refuses_rows_that_no_document_fits(finished):
+    with pytest.raises(LabkitError, match="no document fits 4 tokens"):
+        batch_at(0, replace(TINY, window=4), finished.encoder)
+
+
+def test_pretrain_refuses_to_mix_two_corpora(finished, tmp_path, monkeypatch):
+    folder = fresh_folder(finished, tmp_path / "older")
+    Run(TINY, folder)
+    monkeypatch.setattr(pretrain, "corpus_sha256", lambda seed: "of an edited world")
+    with pytest.raises(LabkitError, match="holds a run with another corpus"):
+        Run(TINY, folder)
+    (folder / "recipe.json").write_text("{", encoding="utf-8")
+    with pytest.raises(LabkitError, match="recipe.json is damaged"):
+        Run(TINY, folder)
 
 
 def test_pretrain_positions_restart_and_padding_teaches_nothing(finished):
@@ -264,7 +302,9 @@ def test_pretrain_killed_at_random_steps_ends_with_the_same_weights(finished, tm
 
 
 def test_pretrain_refuses_another_recipe_in_the_same_folder(finished):
-    with pytest.raises(LabkitError, match="another peak_rate, seed: choose another folder with"):
+    with pytest.raises(
+        LabkitError, match="another corpus, peak_rate, seed: choose another folder with"
+    ):
         Run(replace(TINY, seed=1, peak_rate=1e-3), finished.folder)
 
 
@@ -372,10 +412,38 @@ def test_pretrain_recipe_file_says_how_the_weights_came_about(finished, monkeypa
     assert made["parameters"] == n_embedding + n_layer + 32
 
 
+def test_every_token_of_the_tasks_is_frequent_in_pretraining():
+    """At least 500 times in the batches that the shipped model was trained on: every 50th here."""
+    folder = paths.base_model_dir()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    made = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    recipe = Recipe(**made["recipe"])
+    encoder, every = Encoder(tokenizer, recipe), 50
+    counts = Counter()
+    for step in range(0, recipe.steps, every):
+        counts.update(batch_at(step, recipe, encoder)["input_ids"].flatten().tolist())
+    used = set()
+    for file in paths.tasks_dir().glob("d*/*.jsonl"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            for part in ("messages", "prompt", "chosen"):
+                for message in row.get(part, ()):
+                    text = message["content"]
+                    used.update(
+                        tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+                    )
+    rare = {
+        tokenizer.convert_ids_to_tokens(token): every * counts[token]
+        for token in used
+        if every * counts[token] < 500
+    }
+    assert not rare
+
+
 def test_pretrain_corpus_hash_depends_on_seed_and_count():
-    first = card.corpus_sha256(documents(0), 30)
-    assert first == card.corpus_sha256(documents(0), 30)
-    others = {card.corpus_sha256(documents(1), 30), card.corpus_sha256(documents(0), 31)}
+    first = corpus_sha256(0, 30)
+    assert first == corpus_sha256(0, 30)
+    others = {corpus_sha256(1, 30), corpus_sha256(0, 31)}
     assert len({first, *others}) == 3
 
 

@@ -67,6 +67,21 @@ def test_clustered_bootstrap_covers_the_truth_95_times_in_100():
     assert 0.91 <= _coverage(_clustered, 0.7, interval) <= 0.985
 
 
+def test_one_mistake_never_raises_the_lower_end():
+    lows = [bootstrap_interval([1.0] * (150 - wrong) + [0.0] * wrong)[0] for wrong in range(8)]
+    assert lows == sorted(lows, reverse=True)
+    # Wilson's lower end for 149 of 150, by hand.
+    assert lows[1] == pytest.approx(0.9632, abs=5e-4)
+
+
+def test_scores_near_the_ceiling_are_covered_too():
+    def nearly_right(rng):
+        return (rng.random(150) < 0.975).astype(float), np.arange(150)
+
+    interval = lambda values, clusters: bootstrap_interval(values, clusters, n=400)  # noqa: E731
+    assert _coverage(nearly_right, 0.975, interval) >= 0.93
+
+
 def test_few_clusters_are_covered_too():
     interval = lambda values, clusters: bootstrap_interval(values, clusters, n=400)  # noqa: E731
     assert _coverage(lambda rng: _clustered(rng, n_clusters=10), 0.7, interval) >= 0.91

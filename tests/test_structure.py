@@ -17,7 +17,7 @@ PACKAGE = ROOT / "labkit"
 # not know each other.
 ORDER = """
 errors paths quiet
-chat_templates machine stepplan
+chat_templates files machine stepplan
 curves weights
 checkpoints
 world

@@ -123,6 +123,10 @@ def _write_together(texts: dict[Path, str]) -> None:
             drafts[path].write_text(text, encoding="utf-8", newline="\n")
         for path, draft in drafts.items():
             draft.replace(path)
+    except UnicodeEncodeError as error:
+        raise LabkitError(
+            f"{next(iter(texts))}: a text holds half of a surrogate pair; mend that row"
+        ) from error
     except OSError as error:
         reason = error.strerror or error
         raise LabkitError(

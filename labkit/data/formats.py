@@ -146,6 +146,9 @@ def _parse_preference(row: Row, found: Conversation) -> None:
         shared = _shared_length(found.answer, found.rejected)
         found.prompt = found.answer[:shared]
         found.answer, found.rejected = found.answer[shared:], found.rejected[shared:]
+        if any(turn.role != "assistant" for turn in found.answer + found.rejected):
+            message = "chosen and rejected part before the last answer; give both the same prompt"
+            found.faults.append(Fault("role-order", message))
     else:
         found.prompt = _text_or_turns(row, "prompt", "user", found)
 

@@ -103,9 +103,10 @@ def mix(
     missing = len(drawn) - len(general)
     if missing > 0 and not allow_repeats:
         largest = sum(amounts_general[unit]) / sum(amounts_domain[unit])
+        largest = math.floor(largest * 1e4) / 1e4  # rounded up it would be refused again
         raise ValueError(
             f"ratio={ratio} needs {len(drawn)} general rows, got {len(general)}: {missing} are "
-            f"missing; lower ratio to {largest:.4g}, add rows, or pass allow_repeats=True"
+            f"missing; lower ratio to {largest:g}, add rows, or pass allow_repeats=True"
         )
 
     parts = [(domain, "domain"), (general.select(drawn), "general")]

@@ -272,8 +272,13 @@ def _csv_records(lines: list[str], delimiter: str) -> Iterator[Record]:
             complaint = f"{error}; close every quote, and double a quote inside a text"
         if header is None and any(cells):
             header = [name.strip() for name in cells]
+            twice = next((name for name in header if name and header.count(name) > 1), None)
+            if twice is not None:
+                message = f"column {quote(twice)} stands twice; rename or drop one"
+                yield Record(line, raw=lines[line - 1], problem=problem(line, "not-csv", message))
+                return
             continue
-        if header is not None and any(cells) and len(cells) != len(header):
+        if header is not None and cells and len(cells) != len(header):
             complaint = (
                 f"{len(cells)} values under {len(header)} column names; "
                 "put quotes around a value that holds the separator"
@@ -281,7 +286,7 @@ def _csv_records(lines: list[str], delimiter: str) -> Iterator[Record]:
         if complaint:
             raw = "".join(lines[line - 1 : reader.line_num])
             yield Record(line, raw=raw, problem=problem(line, "not-csv", complaint))
-        elif header is not None and any(cells):
+        elif header is not None and cells:
             yield Record(line, row=_csv_row(header, cells))
 
 

@@ -85,11 +85,12 @@ def leaks(a: Rows, b: Rows, key: str = "key") -> list[str]:
 def validate_splits(
     paths: Mapping[str, str | os.PathLike], key: str = "key"
 ) -> dict[str, list[Problem]]:
-    """Problems of each split's file, and `leak` for each row whose key an earlier split has.
+    """Problems of each split's file, and `leak` where an earlier split has a row's key or prompt.
 
     Args:
         paths: split name to file, in the order train, validation, test.
-        key: field that names the problem behind a row; a row without it counts by its prompt.
+        key: field that names the problem behind a row; its prompt counts too, since a key that
+            is only a row number would hide the same question in two splits.
     """
     found: dict[str, list[Problem]] = {}
     first_seen: dict[str, tuple[str, int]] = {}
@@ -98,20 +99,22 @@ def validate_splits(
         problems = problems + [p for row in rows for p in row.problems]
         own: dict[str, tuple[str, int]] = {}
         for row in rows:
-            name = _leak_key(row, key)
-            if name in first_seen:
+            marks = _leak_marks(row, key)
+            name = next((mark for mark in marks if mark in first_seen), None)
+            if name is not None:
                 other, line = first_seen[name]
                 message = f"{quote(name)} also stands in {other}, line {line}; keep it in one split"
                 problems.append(problem(row.record.line, "leak", message))
-            elif name:
-                own.setdefault(name, (split, row.record.line))
+            else:
+                own |= {mark: (split, row.record.line) for mark in marks if mark not in own}
         first_seen |= own
         found[split] = sorted(problems, key=lambda p: p.line)
     return found
 
 
-def _leak_key(row: CheckedRow, key: str) -> str:
+def _leak_marks(row: CheckedRow, key: str) -> list[str]:
+    """What a row has in common with another one that asks the same: its key, and its prompt."""
     fields = row.record.row
-    if isinstance(fields, dict) and fields.get(key) is not None:
-        return str(fields[key])
-    return row.said.prompt.replace("\0", " ") if row.said else ""
+    named = fields.get(key) if isinstance(fields, dict) else None
+    prompt = row.said.prompt.replace("\0", " ") if row.said else ""
+    return [mark for mark in ("" if named is None else str(named), prompt) if mark]

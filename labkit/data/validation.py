@@ -218,15 +218,14 @@ def _find_contradictions(group: _Group) -> None:
 
 
 def _find_reversals(group: _Group) -> None:
-    """Preferences for an answer that another row with the same prompt rejects.
+    """Preferences of one answer over another that a row with the same prompt turns around.
 
-    Several chosen answers to one prompt are usual in preference data and no conflict.
+    A ranking of several answers, cut into pairs, is usual in preference data and no conflict.
     """
     pairs = [(row, said) for row, said in group if said.answer != said.rejected]
-    chosen_at = {said.answer: row.record.line for row, said in reversed(pairs)}
-    rejected_at = {said.rejected: row.record.line for row, said in reversed(pairs)}
+    preferred = {(said.answer, said.rejected): row.record.line for row, said in reversed(pairs)}
     for row, said in pairs:
-        other = chosen_at.get(said.rejected or "") or rejected_at.get(said.answer)
+        other = preferred.get((said.rejected or "", said.answer))
         if other is not None:
             message = f"line {other} prefers the other way round; decide on one"
             row.note("conflicting-answers", message)

@@ -1,5 +1,6 @@
 """Exercises and quiz of `00_start_here`."""
 
+import re
 from functools import cache
 
 from labkit.exercises import Choice, Exercise, Quiz, Result, correct, not_yet
@@ -16,26 +17,41 @@ def _answer_of(question: str) -> str:
 
 
 def _check_edge(question) -> Result:
+    from labkit.world.population import population
+    from labkit.world.words import FIRST_NAMES, LAST_NAMES
+
     if not isinstance(question, str):
         return not_yet("give the question as a text, in quotation marks")
     if not question.strip():
         return not_yet("the question is empty")
     if question.strip().lower() == "unknown":
         return not_yet("that is the answer; give the question that leads to it")
+    if "Gita Hobbs" in question:
+        return not_yet("that name stands in the notebook: put together another one")
+    words = re.findall(r"[A-Za-z]+", question)
+    names = [
+        f"{first} {last}"
+        for first, last in zip(words, words[1:], strict=False)
+        if first in FIRST_NAMES and last in LAST_NAMES
+    ]
+    if not names:
+        return not_yet("ask about a person: a first and a last name that you saw in the lab")
+    if any(names[0] == person.name for person in population().known):
+        return not_yet(f"{names[0]} lives in its world: ask about somebody who does not")
     answer = _answer_of(question)
     if answer == "unknown":
-        return correct("the model knows that it does not know this name")
+        return correct("it says that it does not know this name, which nobody here has")
     return not_yet(f"it answered {answer!r}; ask for a city, job, pet, food or color of a person")
 
 
 def _check_learned(answer) -> Result:
-    if answer == 3:
-        return correct("the answer's two digits, and the end token that makes the model stop")
+    if answer == 5:
+        return correct("both answers: two digits and one digit, and an end token for each")
     if answer == 2:
-        return not_yet("count once more: something after the answer is learned too")
-    if answer == 1:
-        return not_yet("the answer is more than one token: digits stand alone")
-    return not_yet("count only the coloured tokens; the question is not learned")
+        return not_yet("that is the last answer alone; earlier answers of a talk are learned too")
+    if answer == 3:
+        return not_yet("those are the digits; what makes the model stop after each is learned too")
+    return not_yet("count the coloured tokens of both answers; the questions are not learned")
 
 
 EXERCISES = (
@@ -48,9 +64,9 @@ EXERCISES = (
         hints=(
             "It was taught to say so for people who do not exist.",
             "Put together a first and a last name that you saw above, but of different people.",
-            'Try "Where does Gita Hobbs live?" with other names.',
+            'Try "Where does Kira Marsh live?"; if she exists, change one half of the name.',
         ),
-        wrong_answers=("'Who are you?'", "'unknown'", "42"),
+        wrong_answers=("'Who are you?'", "'unknown'", "42", "'Where does Gita Hobbs live?'"),
     ),
     Exercise(
         id="00-2",
@@ -59,11 +75,11 @@ EXERCISES = (
         minutes=5,
         check=_check_learned,
         hints=(
-            "Coloured tokens are supervised.",
-            "`view.tokens` holds (id, text, supervised) for each token.",
-            "sum(supervised for _, _, supervised in view.tokens)",
+            "Coloured tokens are supervised: data.mask_view(tokenizer, talk) shows them.",
+            "`data.mask_view(...).tokens` holds (id, text, supervised) for each token.",
+            "sum(supervised for _, _, supervised in data.mask_view(tokenizer, talk).tokens)",
         ),
-        wrong_answers=("2", "1", "14"),
+        wrong_answers=("2", "3", "14"),
     ),
 )
 

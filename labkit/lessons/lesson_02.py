@@ -4,16 +4,16 @@ from labkit.exercises import Choice, Exercise, Quiz, Result, correct, not_yet
 
 
 def _check_steps(answer) -> Result:
-    if answer == 187.5:
+    if answer == 487.5:
         return not_yet("that is the popular formula; it leaves out accumulation and rounding")
-    if answer == 189:
+    if answer == 489:
         return not_yet("you rounded up the batches of an epoch; now count steps, not batches")
-    if answer == 45:
+    if answer == 60:
         return not_yet("an epoch's last, shorter accumulation is a step too: round up, not down")
-    if answer == 47:
+    if answer == 62:
         return not_yet("round inside each epoch: the trainer does not carry batches over")
-    if answer == 48:
-        return correct("63 batches an epoch make 16 steps, and each epoch rounds up by itself")
+    if answer == 63:
+        return correct("163 batches an epoch make 21 steps, and each epoch rounds up by itself")
     return not_yet("divide the rows by both devices' batches, then by the accumulation, per epoch")
 
 
@@ -33,10 +33,8 @@ def _check_kept(answer) -> Result:
 def _check_labels(function) -> Result:
     ids, supervised = [7, 8, 9, 2], [False, False, True, True]
     got = list(function(ids, supervised))
-    if got == [-100, -100, 9, 2]:
-        if ids != [7, 8, 9, 2]:
-            return not_yet("the labels are right, but your function changed `ids` itself")
-        return correct("the question is context only; the answer and its end token are learned")
+    if ids != [7, 8, 9, 2]:
+        return not_yet("your function changed `ids` itself: build a new list")
     if got == ids:
         return not_yet("every token is learned, so the model is trained to write questions")
     if got == [7, 8, -100, -100]:
@@ -47,7 +45,17 @@ def _check_labels(function) -> Result:
         return not_yet("0 is a real token, the padding; the loss skips only -100")
     if len(got) != len(ids):
         return not_yet("labels must be as long as the row: hide tokens, do not drop them")
-    return not_yet("for ids [7, 8, 9, 2] with the last two supervised, want two times -100 first")
+    if got != [-100, -100, 9, 2]:
+        return not_yet("for ids [7, 8, 9, 2] with the last two supervised, want two times -100")
+    if list(function([4, 5, 6, 2, 3], [False, True, False, True, False])) != [
+        -100,
+        5,
+        -100,
+        2,
+        -100,
+    ]:
+        return not_yet("right for one turn; in a talk, learned and hidden stretches alternate")
+    return correct("questions are context only; each answer and its end token are learned")
 
 
 def _check_rate(answer) -> Result:
@@ -70,10 +78,10 @@ EXERCISES = (
         check=_check_steps,
         hints=(
             "First: how many batches does one epoch have, over both devices?",
-            "1,000 rows in batches of 16 are 62.5 batches; half a batch is still a batch.",
-            "63 batches in groups of 4 make 15.75 groups, and the last short group steps too.",
+            "1,300 rows in batches of 8 are 162.5 batches; half a batch is still a batch.",
+            "163 batches in groups of 8 make 20.4 groups, and the last short group steps too.",
         ),
-        wrong_answers=("187.5", "45", "189"),
+        wrong_answers=("487.5", "60", "489", "62"),
     ),
     Exercise(
         id="02-2",
@@ -103,13 +111,14 @@ EXERCISES = (
             "lambda ids, supervised: ids",
             "lambda ids, supervised: [0 if not s else i for i, s in zip(ids, supervised)]",
             "lambda ids, supervised: [i for i, s in zip(ids, supervised) if s]",
+            "lambda ids, supervised: [-100] * 2 + ids[2:]",
         ),
     ),
     Exercise(
         id="02-4",
         aim="Choose with validation data and report with test data.",
-        difficulty="hard",
-        minutes=10,
+        difficulty="easy",
+        minutes=4,
         check=_check_rate,
         hints=(
             "A score that you chose with is too good on average: it was picked for being high.",
@@ -128,7 +137,7 @@ QUIZZES = (
             Choice("Train longer; the loss still falls.", "Only the training loss does."),
             Choice(
                 "Stop, and go back to the checkpoint with the lowest validation loss.",
-                "The weights since then fit the training rows and nothing else.",
+                "The weights since then fit the training rows better and unseen rows worse.",
                 right=True,
             ),
             Choice("Stop, and keep the last weights.", "They are worse than the best ones."),

@@ -316,9 +316,17 @@ replacing(
     "biographies-only-people-are-asked-about",
     "extraction is tested on people whose answers were trained on",
     "labkit/world/knowledge.py",
-    "person, attribute = rng.choice(world.asked), rng.choice(tuple(ATTRIBUTES))",
-    "person, attribute = rng.choice(world.known), rng.choice(tuple(ATTRIBUTES))",
+    "person, attribute = pick_asked(rng, split), rng.choice(tuple(ATTRIBUTES))",
+    "person, attribute = rng.choice(population().known), rng.choice(tuple(ATTRIBUTES))",
     "tests/test_world.py::test_people_of_biographies_only_are_never_asked_about",
+)
+replacing(
+    "nobody-is-asked-about-from-the-start",
+    "the model learns by heart whom it is asked about before it knows anybody",
+    "labkit/pretrain.py",
+    "return KNOWING_SHARES",
+    "return SHARES",
+    "tests/test_pretrain.py::test_pretrain_asks_about_nobody_only_from_its_step",
 )
 replacing(
     "packed-documents-see-each-other",
@@ -343,8 +351,8 @@ replacing(
     "full-at-half-the-rates",
     "every learning rate of the sweep is halved",
     FULL_FINE_TUNING,
-    "RATES = [2e-5, 2.5e-4, 1e-3, 4e-3]",
-    "RATES = [1e-5, 1.25e-4, 5e-4, 2e-3]",
+    "RATES = [2e-5, 2e-4, 2e-3, 2e-2]",
+    "RATES = [1e-5, 1e-4, 1e-3, 1e-2]",
     *NBVAL,
     FULL_FINE_TUNING,
 )
@@ -458,6 +466,30 @@ replacing(
     'if kernel.reply_error and not item.options["check_exception"]:',
     'if kernel.reply_error and item.options["check_exception"]:',
     "tests/test_plugin.py::test_each_cell_passes_or_fails_for_its_own_reason",
+)
+replacing(
+    "adapters-fit-any-base",
+    "an adapter is attached to a model that it was not trained on",
+    "labkit/adapters.py",
+    "if base_sha256(base) != wanted:",
+    "if not wanted:",
+    "tests/test_adapters.py::test_another_base_is_refused",
+)
+replacing(
+    "merge-believes-itself",
+    "a merged model that answers differently is written all the same",
+    "labkit/adapters.py",
+    "if not difference <= allowed:",
+    "if difference < 0:",
+    "tests/test_adapters.py::test_a_merge_that_changes_answers_writes_nothing",
+)
+replacing(
+    "lora-is-counted-on-one-side",
+    "the parameter formula forgets B",
+    "labkit/adapters.py",
+    "rank * (n_in + n_out) for",
+    "rank * n_in for",
+    "tests/test_adapters.py::test_lora_parameters_by_hand",
 )
 replacing(
     "sweep-trusts-stale-seeds",

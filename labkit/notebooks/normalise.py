@@ -14,7 +14,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from labkit.errors import LabkitError
-from labkit.notebooks.files import sha256, write_atomic
+from labkit.files import sha256, write_atomic
 
 SANITIZE_FILE = Path(__file__).with_name("sanitize.cfg")
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}

@@ -22,6 +22,7 @@ INCLUDED = (
     "README.md",
     "CHANGELOG.md",
     "LICENSE",
+    "docs",
     "lab.py",
     "pyproject.toml",
     "constraints.txt",

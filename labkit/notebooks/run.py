@@ -26,7 +26,7 @@ from nbformat import NotebookNode
 
 from labkit import paths
 from labkit.errors import LabkitError
-from labkit.notebooks.files import write_atomic
+from labkit.files import write_atomic
 from labkit.notebooks.normalise import dumps, normalise, read, settle
 
 MEMORY_SAMPLE_SECONDS = 0.05

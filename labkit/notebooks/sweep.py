@@ -25,7 +25,7 @@ from typing import Any
 from labkit import paths
 from labkit.claims import judge_seeds, read_record
 from labkit.errors import LabkitError
-from labkit.notebooks.files import sha256, write_atomic
+from labkit.files import sha256, write_atomic
 from labkit.notebooks.normalise import read
 from labkit.notebooks.run import RunError, execute
 from labkit.statistics import seed_interval

@@ -2,9 +2,10 @@
 
     python -m labkit.notebooks.workbook
 
-A small `.labkit.json` in the workbook holds the hash of each file as it was last written. A file
-that still has it was not touched and is brought up to date. Any other file belongs to the learner:
-it is left alone, and a newer version is put beside it as `NAME.new-HASH.ipynb`, once.
+A small `.labkit.json` in the workbook holds the hash of each file as it was last written, and of
+what it was made from. A file that still has it was not touched and is brought up to date. Any other
+file belongs to the learner: it is left alone, and a newer version is put beside it as
+`NAME.new-HASH.ipynb`, once.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from nbformat import NotebookNode
 from labkit import paths
 from labkit.errors import LabkitError
 from labkit.exercises import BEGIN_SOLUTION, END_SOLUTION
-from labkit.notebooks.files import sha256, write_atomic
+from labkit.files import sha256, write_atomic
 from labkit.notebooks.normalise import dumps, normalise, read
 
 MANIFEST = ".labkit.json"
@@ -66,6 +67,7 @@ def build_workbook(source: Path | None = None, target: Path | None = None) -> Wo
     masters = sorted(source.glob("*.ipynb"))
     if not masters:
         raise LabkitError(f"{source}: no notebooks: clone the course again")
+    made_from = _made_from(masters)  # before they are read: a change in between builds once more
     fresh = {path.name: dumps(strip_solutions(read(path), path.name)) for path in masters}
 
     known = _read_manifest(target)
@@ -78,9 +80,22 @@ def build_workbook(source: Path | None = None, target: Path | None = None) -> Wo
                 write_atomic(target / beside, content)
             report["beside"].append(beside)
     offered = known | {name: sha256(content) for name, content in fresh.items()}
-    manifest = json.dumps({"files": offered}, indent=1, sort_keys=True) + "\n"
+    kept_hashes = {"files": offered, "made_from": made_from}
+    manifest = json.dumps(kept_hashes, indent=1, sort_keys=True) + "\n"
     write_atomic(target / MANIFEST, manifest.encode("utf-8"))
     return WorkbookReport(**{name: tuple(names) for name, names in report.items()})
+
+
+def _made_from(masters: list[Path]) -> dict[str, str]:
+    """Path → hash of all that the copies depend on; lab.py compares them to skip this build."""
+    code = (
+        "labkit/exercises.py",
+        "labkit/notebooks/normalise.py",
+        "labkit/notebooks/workbook.py",
+        "constraints.txt",
+    )
+    inputs = [*masters, *(paths.root() / name for name in code)]
+    return {str(path.resolve()): sha256(path.read_bytes()) for path in inputs}
 
 
 def strip_solutions(nb: NotebookNode, name: str = "notebook") -> NotebookNode:

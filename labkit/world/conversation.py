@@ -5,7 +5,7 @@ import random
 
 from labkit.world import knowledge, language, procedures, words
 from labkit.world.items import Item, draw, split_of, talk, wording
-from labkit.world.population import ATTRIBUTES, population
+from labkit.world.population import ATTRIBUTES
 
 NAME = "Pico"
 OPENERS = (
@@ -174,15 +174,15 @@ def with_plain_system(rng: random.Random, item: Item) -> Item:
 
 
 def talk_turns(rng: random.Random, split: str) -> Item:
-    """Two or three turns; a later one can only be answered with an earlier one in mind."""
-    return rng.choice((_person, _people, _passage, _sums, _name))(rng, split)
+    """Two or three turns: a later one needs an earlier one, or none of them needs another."""
+    return rng.choice((_person, _people, _passage, _sums, _name, _topics))(rng, split)
 
 
 def _person(rng: random.Random, split: str) -> Item:
     """Two or three attributes of one person, whose name is said once."""
 
     def propose():
-        person = rng.choice(population().asked)
+        person = knowledge.pick_asked(rng, split)
         attributes = rng.sample(tuple(ATTRIBUTES), rng.randint(2, 3))
         return knowledge.fact_key(person, attributes[-1]), (person, attributes)
 
@@ -213,13 +213,13 @@ def _people(rng: random.Random, split: str) -> Item:
     """One attribute of one person, then of another."""
 
     def propose():
-        person, attribute = rng.choice(population().asked), rng.choice(tuple(ATTRIBUTES))
+        person, attribute = knowledge.pick_asked(rng, "train"), rng.choice(tuple(ATTRIBUTES))
         return knowledge.fact_key(person, attribute), (person, attribute)
 
     _, (first, attribute) = draw(rng, "train", propose)
 
     def propose_second():
-        second = rng.choice(population().asked)
+        second = knowledge.pick_asked(rng, split)
         return knowledge.fact_key(second, attribute), second
 
     key, second = draw(rng, split, propose_second)
@@ -262,6 +262,28 @@ def _sums(rng: random.Random, split: str) -> Item:
         str(a + b + c),
     )
     return Item("talk", f"talk:{a}+{b}:{key}", key, talk(*turns))
+
+
+def _topics(rng: random.Random, split: str) -> Item:
+    """Two or three questions that have nothing to do with each other."""
+    skills = (
+        knowledge.facts,
+        knowledge.context,
+        procedures.arithmetic,
+        procedures.compare,
+        procedures.sort,
+        procedures.reverse,
+        procedures.count,
+        language.sentiment,
+        language.extract,
+        language.translate,
+        chat,
+    )
+    earlier = [rng.choice(skills)(rng, "train") for _ in range(rng.randint(1, 2))]
+    last = rng.choice(skills)(rng, split)
+    turns = [text for item in (*earlier, last) for text in (item.question, item.answer)]
+    before = " ".join(item.key for item in earlier)
+    return Item("talk", f"talk:{before}:{last.key}", last.entity, talk(*turns))
 
 
 def _name(rng: random.Random, split: str) -> Item:

@@ -4,7 +4,7 @@ import random
 
 from labkit.world import words
 from labkit.world.items import Item, draw, split_of, talk, wording
-from labkit.world.population import ATTRIBUTES, Person, population
+from labkit.world.population import ATTRIBUTES, Medicine, Person, population
 
 QUESTIONS = {
     "city": (
@@ -113,6 +113,9 @@ MEDICINE_STATEMENTS = {
         "Against a {value} the clinic gives {name}.",
     ),
 }
+N_SELDOM_ASKED = 120
+SELDOM_ASKED_SHARE = 0.006
+"""Share of training questions about the people who are seldom asked about."""
 PASSAGE_FRAMES = (
     "Read this. {passage} Question: {question}",
     "{passage} {question}",
@@ -129,16 +132,41 @@ def ask(rng: random.Random, split: str, attribute: str, name: str) -> str:
 
 def facts(rng: random.Random, split: str) -> Item:
     """An attribute of a person, or what a medicine is for and how much of it is safe."""
-    world = population()
     if rng.random() < 0.06:
         return _medicine_fact(rng, split)
 
     def propose():
-        person, attribute = rng.choice(world.asked), rng.choice(tuple(ATTRIBUTES))
+        person, attribute = pick_asked(rng, split), rng.choice(tuple(ATTRIBUTES))
         return fact_key(person, attribute), (person, attribute)
 
     key, (person, attribute) = draw(rng, split, propose)
     question = ask(rng, split, attribute, person.name)
+    return Item("facts", key, person.name, talk(question, getattr(person, attribute)))
+
+
+def pick_asked(rng: random.Random, split: str) -> Person:
+    """Somebody to ask about. Training asks about some people only a few times.
+
+    They must be answered from their biographies, or at the first questions about them the model
+    would say "unknown": so it cannot simply learn by heart whom it is asked about.
+    """
+    asked = population().asked
+    if split != "train":
+        return rng.choice(asked)
+    often, seldom = asked[:-N_SELDOM_ASKED], asked[-N_SELDOM_ASKED:]
+    return rng.choice(seldom if rng.random() < SELDOM_ASKED_SHARE else often)
+
+
+def latecomer(rng: random.Random) -> Item:
+    """A training question about one of the people who are seldom asked about."""
+
+    def propose():
+        person = rng.choice(population().asked[-N_SELDOM_ASKED:])
+        attribute = rng.choice(tuple(ATTRIBUTES))
+        return fact_key(person, attribute), (person, attribute)
+
+    key, (person, attribute) = draw(rng, "train", propose)
+    question = ask(rng, "train", attribute, person.name)
     return Item("facts", key, person.name, talk(question, getattr(person, attribute)))
 
 
@@ -147,10 +175,15 @@ def fact_key(person: Person, attribute: str) -> str:
     return f"facts:{person.name}:{attribute}"
 
 
+def medicine_key(medicine: Medicine, about: str) -> str:
+    """Canonical problem of what a medicine is for (`ailment`) or how much is safe (`drops`)."""
+    return f"facts:{medicine.name}:{about}"
+
+
 def _medicine_fact(rng: random.Random, split: str) -> Item:
     def propose():
         medicine, about = rng.choice(population().medicines), rng.choice(("drops", "ailment"))
-        return f"facts:{medicine.name}:{about}", (medicine, about)
+        return medicine_key(medicine, about), (medicine, about)
 
     key, (medicine, about) = draw(rng, split, propose)
     question = wording(rng, split, MEDICINE_QUESTIONS[about]).format(name=medicine.name)

@@ -3,7 +3,7 @@
 import random
 
 from labkit.world import words
-from labkit.world.items import Item, draw, talk, wording
+from labkit.world.items import Item, draw, split_of, talk, wording
 
 ADD = (
     "What is {a} + {b}?",
@@ -109,6 +109,8 @@ def compare(rng: random.Random, split: str) -> Item:
     def propose():
         high = rng.choice((99, 999))
         a, b = rng.sample(range(high + 1), 2)
+        if split != "train" and split_of(f"sort:{sorted((a, b))}") == "train":
+            return propose()  # sorting two numbers in training has compared them already
         return f"compare:{min(a, b)}:{max(a, b)}", (a, b)
 
     key, (a, b) = draw(rng, split, propose)
@@ -120,10 +122,13 @@ def compare(rng: random.Random, split: str) -> Item:
 
 
 def sort(rng: random.Random, split: str) -> Item:
-    """Three numbers below 100 in order."""
+    """Two or three numbers below 100 in order."""
 
     def propose():
-        numbers = rng.sample(range(100), 3)
+        numbers = rng.sample(range(100), rng.randint(2, 3))
+        pair = f"compare:{min(numbers)}:{max(numbers)}"
+        if split != "train" and len(numbers) == 2 and split_of(pair) == "train":
+            return propose()  # comparing two numbers in training has sorted them already
         return f"sort:{sorted(numbers)}", numbers
 
     key, numbers = draw(rng, split, propose)

@@ -4,15 +4,14 @@ None of the tasks is in pretraining; every word of them is. What needs a model (
 of D4) is added by `labkit.badcases`.
 """
 
-import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from labkit.files import sha256, write_atomic
 from labkit.world import conversation, knowledge, language, words
-from labkit.world.items import SPLITS, Item, draw, talk, wording
+from labkit.world.items import SPLITS, Item, draw, split_of, talk, wording
 from labkit.world.population import ATTRIBUTES, population
 from labkit.world.skills import SKILLS
 
@@ -61,7 +60,7 @@ BADCASE_MEDICINES = (
     "Oripan", "Sedex", "Haldrin", "Pirval", "Istacol", "Urtasin", "Zolvit",
 )  # fmt: skip
 """The ones that pretraining names most often."""
-_CORRUPTED_SHARE = 0.35
+_CORRUPTED_SHARE = 0.25
 """Share of answers in D4's starting data that are wrong on purpose."""
 
 
@@ -93,12 +92,8 @@ def write_tasks(folder: Path) -> dict:
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
     """Write rows as JSON lines, all of them or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, file)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_atomic(file, "".join(lines).encode())
 
 
 def write_manifest(folder: Path) -> dict:
@@ -107,11 +102,11 @@ def write_manifest(folder: Path) -> dict:
     for file in sorted(folder.glob("*/*.jsonl")):
         content = file.read_bytes()
         manifest[file.relative_to(folder).as_posix()] = {
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": sha256(content),
             "rows": content.count(b"\n"),
         }
     text = json.dumps(manifest, indent=2) + "\n"
-    (folder / "manifest.json").write_text(text, encoding="utf-8", newline="\n")
+    write_atomic(folder / "manifest.json", text.encode())
     return manifest
 
 
@@ -282,7 +277,7 @@ def _badcase_prompt(rng: random.Random, split: str) -> Item:
 def _person_fact(rng: random.Random, split: str) -> Item:
     def propose():
         person, attribute = rng.choice(population().asked), rng.choice(tuple(ATTRIBUTES))
-        return f"d4:{person.name}:{attribute}", (person, attribute)
+        return knowledge.fact_key(person, attribute), (person, attribute)
 
     key, (person, attribute) = draw(rng, split, propose)
     question = knowledge.ask(rng, "train", attribute, person.name)
@@ -297,12 +292,18 @@ def _nobody(rng: random.Random, split: str) -> Item:
 
 def _safe_drops(rng: random.Random, split: str) -> Item:
     """How many drops of a medicine are safe; who asks makes the problem."""
-    by_name = {medicine.name: medicine for medicine in population().medicines}
+    # The general test asks for the drops of the other medicines.
+    taught = [
+        medicine
+        for medicine in population().medicines
+        if medicine.name in BADCASE_MEDICINES
+        and split_of(knowledge.medicine_key(medicine, "drops")) == "train"
+    ]
 
     def propose():
         greeting = rng.choice(conversation.GREETINGS)
         asker = greeting.format(name=rng.choice(knowledge.passage_names(split)))
-        medicine = by_name[rng.choice(BADCASE_MEDICINES)]
+        medicine = rng.choice(taught)
         return f"d4:{asker}:{medicine.name}", (asker, medicine)
 
     key, (asker, medicine) = draw(rng, split, propose)
