@@ -41,8 +41,8 @@ from labkit.world.corpus import (
 )
 
 TINY = Recipe(
-    steps=24, rows=4, window=128, warmup=4, decay_share=0.4, hidden=32, layers=1, heads=2, mlp=64, vocab_size=600,
-    precision="fp32",
+    steps=24, rows=4, window=128, warmup=4, decay_share=0.4, hidden=32, layers=1, heads=2, mlp=64,
+    vocab_size=600, precision="fp32",
 )  # fmt: skip
 
 
