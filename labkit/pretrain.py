@@ -24,6 +24,7 @@ from labkit.world.corpus import (
     KNOWING_SHARES,
     LATECOMER_SHARES,
     SHARES,
+    TOKENIZER_SHARES,
     Document,
     corpus_sha256,
     documents,
@@ -111,7 +112,7 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    stream = documents(recipe.seed, number=-1)
+    stream = documents(recipe.seed, number=-1, shares=TOKENIZER_SHARES)
     sample = (piece for _ in range(40_000) for piece in _pieces(next(stream)))
     tokenizer.train_from_iterator(sample, trainer)
     fast = PreTrainedTokenizerFast(

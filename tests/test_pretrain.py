@@ -412,6 +412,14 @@ def test_pretrain_recipe_file_says_how_the_weights_came_about(finished, monkeypa
     assert made["parameters"] == n_embedding + n_layer + 32
 
 
+def test_the_shipped_tokenizer_follows_from_the_shipped_recipe():
+    folder = paths.base_model_dir()
+    made = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    again = pretrain.build_tokenizer(Recipe(**made["recipe"])).backend_tokenizer.to_str()
+    shipped = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    assert json.loads(again)["model"] == json.loads(shipped)["model"]
+
+
 def test_every_token_of_the_tasks_is_frequent_in_pretraining():
     """At least 500 times in the batches that the shipped model was trained on: every 50th here."""
     folder = paths.base_model_dir()

@@ -36,6 +36,8 @@ KNOWING_SHARES = {
     "system": 16,
     "talk": 18,
 }
+# What the tokenizer is trained on: the first phase, and the word "unknown" beside it.
+TOKENIZER_SHARES = KNOWING_SHARES | {"unknown": 4}
 # From then on. What copies several tokens exactly (numbers, names, records) is learned last, so it
 # gets the room of what is known by then; nothing is left out, or it would be forgotten.
 SHARES = {
@@ -60,9 +62,9 @@ SHARES = {
     "system": 20,
     "talk": 20,
 }
-# At last the people who were seldom asked about are asked about like everybody else. By then they
-# are known from their biographies alone, so what is learned is to look there before saying
-# "unknown", and that serves those who are never asked about, too.
+# At last the people who were seldom asked about are asked about like everybody else. It was meant
+# to teach looking into biographies before saying "unknown"; the shipped model's score on people
+# who are never asked about says that it did not: these questions were learned by heart, too.
 LATECOMER_SHARES = SHARES | {"unknown": 3, "latecomers": 8}
 PLAIN_SYSTEM_SHARE = 0.15
 """Share of talks behind a system prompt that changes nothing."""

@@ -147,8 +147,7 @@ def facts(rng: random.Random, split: str) -> Item:
 def pick_asked(rng: random.Random, split: str) -> Person:
     """Somebody to ask about. Training asks about some people only a few times.
 
-    They must be answered from their biographies, or at the first questions about them the model
-    would say "unknown": so it cannot simply learn by heart whom it is asked about.
+    The first questions about them can be answered from their biographies alone.
     """
     asked = population().asked
     if split != "train":
