@@ -26,7 +26,7 @@ from labkit.checkpoints import free_disk_or_raise
 from labkit.errors import LabkitError
 from labkit.files import sha256, write_atomic
 from labkit.machine import versions
-from labkit.quiet import drop_peft_notice
+from labkit.quiet import drop_peft_notice, without_progress_bars
 from labkit.weights import n_parameters, sha256_of
 
 drop_peft_notice()
@@ -84,6 +84,26 @@ def target_shapes(
         for name, shape in shapes.items()
         if any(_ends_with(name, target) for target in wanted)
     }
+
+
+def target_choices(model: nn.Module) -> dict[str, str | list[str]]:
+    """The usual choices of layers, by name, as `target_modules` of this model.
+
+    Models that keep queries, keys and values in one layer, or name theirs otherwise, have fewer.
+    """
+    ends = {name.rpartition(".")[2] for name in target_shapes(model, "all-linear")}
+    named = {name: sorted(ends & wanted) for name, wanted in _CHOICES.items()}
+    chosen: dict[str, str | list[str]] = {
+        name: found for name, found in named.items() if len(found) == len(_CHOICES[name])
+    }
+    return chosen | {"all linear": "all-linear"}
+
+
+_CHOICES = {
+    "q and v": {"q_proj", "v_proj"},
+    "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "MLP": {"gate_proj", "up_proj", "down_proj"},
+}
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:
@@ -340,7 +360,8 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, say: Say = pri
     shutil.rmtree(draft, ignore_errors=True)
     try:
         say("writing the merged model and loading it again")
-        merged_model.to(stored).save_pretrained(draft)
+        with without_progress_bars(hide=n_parameters(merged_model).total < 250e6):
+            merged_model.to(stored).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         reloaded, _ = models.load(draft, device="cpu", dtype=torch.float32)
         again = _logits(reloaded, tokenizer)

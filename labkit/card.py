@@ -1,6 +1,7 @@
 """From a pretraining run to the folder that the course ships: weights, scores, model card."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from labkit import data, evaluation, models
 from labkit.checkpoints import free_disk_or_raise
 from labkit.errors import LabkitError
 from labkit.pretrain import IGNORE_INDEX, Encoder, Recipe, Run, batch_at
+from labkit.quiet import without_progress_bars
 from labkit.training import versions
 from labkit.weights import n_parameters, sha256_of
 from labkit.world.corpus import corpus_sha256
@@ -122,13 +123,8 @@ def _save_weights(run: Run, folder: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**run.model.config.to_dict()))
     model.load_state_dict(run.model.state_dict())
     torch.nn.Module.to(model, torch.bfloat16)  # as model.to, whose types pyright cannot follow
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # one file needs none
-    try:
+    with without_progress_bars():  # one file needs none
         model.save_pretrained(folder)
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
     run.tokenizer.save_pretrained(folder)
     for file in folder.iterdir():  # safetensors makes a file that nobody else may read
         file.chmod(0o644)
@@ -210,6 +206,8 @@ def fill(recipe: Recipe, encoder: Encoder, steps: int, sample: int = 100) -> dic
 def card(made: dict, report: evaluation.SkillReport) -> str:
     """The model card: what Hugging Face reads in its front matter, and what people read below."""
     recipe = made["recipe"]
+    whole = Recipe(**recipe)
+    firsts = [math.ceil(step) for step in whole.first_steps]
     passes = f"{recipe['rows']} rows of {recipe['window']} tokens"
     took = "" if made["seconds"] is None else f", {made['seconds'] / 60:.0f} min of training"
     shape = (
@@ -224,14 +222,15 @@ def card(made: dict, report: evaluation.SkillReport) -> str:
         steps=f"{made['steps_done']:,}",
         passes=passes,
         window=recipe["window"],
-        second=f"{Recipe(**recipe).phases[0]:,}",
-        third=f"{Recipe(**recipe).phases[1]:,}",
+        induction=f"{firsts[3]:,}",
+        recall=f"{firsts[4]:,}",
+        everything=f"{firsts[5]:,}",
+        last=f"{firsts[6]:,}",
         seen=f"{made['tokens_seen'] / 1e6:.1f} M",
         learned=f"{made['tokens_learned_from'] / 1e6:.1f} M",
+        compiled=" with `torch.compile`" if recipe["compiled"] else "",
         precision={"bf16": "bf16 autocast over fp32 weights"}.get(recipe["precision"], "fp32"),
-        rate=f"{recipe['peak_rate']:g}",
-        warmup=recipe["warmup"],
-        decay=f"{100 * recipe['decay_share']:.0f} %",
+        rates=_spoken_rates(whole.corners),
         weight_decay=recipe["weight_decay"],
         full_loss=f"{100 * recipe['full_loss_share']:.0f} %",
         spread=recipe["initial_spread"],
@@ -242,6 +241,11 @@ def card(made: dict, report: evaluation.SkillReport) -> str:
         versions=", ".join(f"{name} {version}" for name, version in made["versions"].items()),
         vocab=f"{made['vocabulary']:,}",
     )
+
+
+def _spoken_rates(corners: list[tuple[float, float]]) -> str:
+    """Corners of the learning rate in words."""
+    return ", ".join(f"{rate:.2g} at step {max(0, math.ceil(step)):,}" for step, rate in corners)
 
 
 def _front_matter(report: evaluation.SkillReport) -> str:
@@ -341,19 +345,21 @@ the skills, without `bio_only`. `labkit evaluate` measures all of it again.
 - **Loss**: next token, on answers, plain text, and the whole of {full_loss} of the talks.
   Documents packed into one row cannot see each other, and no row tells of one person twice.
 - **Optimizer**: AdamW (0.9, 0.98), weight decay {weight_decay} on matrices, gradient norm clipped
-  at 1, {warmup} steps of warm-up to a rate of {rate}, linear decay to zero over the last {decay}.
-- **Precision**: {precision}.
+  at 1; the rate goes in straight lines through {rates}.
+- **Precision**: {precision}{compiled}.
 - **Machine**: {machine}.
 - **Versions**: {versions}.
 
 Short rows and small batches give many optimizer steps a minute, which is what a model this small
 needs most; loss mainly on answers, because a question's wording is noise that it need not learn.
-Three phases. First people are known: names that belong to nobody are asked about only from step
-{second} on. Then these are told apart, and lists are said again word for word, which is practice in
-the copying that sorting, comparing and extracting end in. From step {third} on, 120 people who had
-hardly been asked about are asked like everybody else. An earlier model, which met names of nobody
-from the first step, learned by heart whom it was asked about and said "unknown" to everybody else,
-their biographies included.
+Seven phases, as `labkit.world.corpus` lists them. The first three practise copying, then looking
+values up, then everything, and left the model with neither of the two acts that most skills end in:
+to go on as a text went on before (induction) and to recall which value was told with which key.
+Plain texts in which dozens of tokens can be foreseen only so brought them, induction from step
+{induction} and recall from step {recall}; the rest, from step {everything}, is mostly what is
+scored, and from step {last} the skills that lagged get more room. Names of nobody have last names
+of their own. In an earlier world they shared them with people; then "unknown" was learned as
+"nobody I was asked about", and people known from biographies only were denied.
 
 `labkit pretrain` makes the model from nothing with these settings, which `recipe.json` keeps.
 Another processor rounds differently, so it gives other weights with like scores.

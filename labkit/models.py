@@ -1,11 +1,9 @@
 """A model and its tokenizer from the bundled folder, any folder or any Hugging Face id."""
 
-import contextlib
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,11 +17,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from labkit import machine, paths
 from labkit.chat_templates import MINIMAL_CHAT_TEMPLATE, with_generation_markers
 from labkit.errors import LabkitError
+from labkit.quiet import without_progress_bars
 from labkit.weights import (
     Parameters,
     fingerprint,
@@ -80,13 +78,13 @@ PROFILES: dict[str, Profile] = {
         Profile(
             name="cpu",
             model="bundled",
-            rows=1200,
+            rows=1800,
             batch_size=8,
             accumulation=1,
             max_length=128,
             precision="fp32",
             dtype="float32",
-            steps=150,
+            steps=225,
             note="the bundled model of about 5 M parameters; every notebook in minutes",
         ),
         Profile(
@@ -182,7 +180,7 @@ def load(
     placement = {"device_map": {"": device}} if config else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        with _quiet_when_small(source):
+        with without_progress_bars(hide=_loads_at_once(source)):
             loaded, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
                 source,
                 dtype=dtype,
@@ -306,18 +304,10 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
     )
 
 
-@contextlib.contextmanager
-def _quiet_when_small(source: str) -> Iterator[None]:
-    """Hide transformers' progress bar for weights that load at once; large ones keep it."""
+def _loads_at_once(source: str) -> bool:
+    """Whether a model's weights are small enough to need no progress bar."""
     weights_bytes = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
-    hide = 0 < weights_bytes < 500e6 and transformers_logging.is_progress_bar_enabled()
-    if hide:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hide:
-            transformers_logging.enable_progress_bar()
+    return 0 < weights_bytes < 500e6
 
 
 def _embedding_rows(model: PreTrainedModel) -> int:

@@ -1,6 +1,7 @@
-"""Things to click: a talk with a model, and the step plan of a run under three sliders."""
+"""Things to click: a talk with a model, the step plan of a run, what a LoRA trains and needs."""
 
 import html
+from collections.abc import Mapping
 
 import ipywidgets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from labkit.curves import widget_bundle
 from labkit.evaluation import generate_answers
 from labkit.stepplan import StepPlan, plan_steps
+from labkit.weights import n_parameters
 
 MAX_NEW_TOKENS = 48
 
@@ -141,15 +143,76 @@ class PlanExplorer:
         if self.save_steps is not None:
             facts["Checkpoints saved"] = _steps(self.plan.checkpoints_saved)
             facts["Checkpoints kept"] = _steps(self.plan.checkpoints_kept())
-        cells = (
-            f'<tr><th scope="row" style="text-align:left">{name}</th>'
-            f'<td style="text-align:right;padding-left:1em">{value}</td></tr>'
-            for name, value in facts.items()
-        )
-        self.table.value = f"<table><caption>Step plan</caption>{''.join(cells)}</table>"
+        self.table.value = _facts_table("Step plan", facts)
 
     def _repr_mimebundle_(self, **kwargs) -> dict[str, object]:
         return widget_bundle(self.widget, "Sliders over a step plan: run this cell to move them.")
+
+
+class LoraExplorer:
+    """What LoRA trains, stores and needs, under a slider for the rank and a choice of layers.
+
+    Memory is that of training in fp32, without activations.
+
+    Args:
+        model: any causal language model without an adapter; it is not changed.
+        rank: to begin with.
+
+    Set `rank.value` or `layers.value` in code, or with the arrow keys; `parameters` and `table`
+    follow.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, rank: int = 8):
+        from labkit import adapters  # loads PEFT, which takes a second
+
+        self._count, self._model = adapters.lora_parameters, model
+        self._choices = choices = adapters.target_choices(model)
+        most = min(map(min, adapters.target_shapes(model, "all-linear").values()))
+        self._total = n_parameters(model).total
+        self._layers = {
+            name: len(adapters.target_shapes(model, targets)) for name, targets in choices.items()
+        }
+        self.rank = _slider("Rank", min(rank, most), most)
+        self.layers = ipywidgets.ToggleButtons(
+            options=list(choices.items()), description="Layers", style={"description_width": "7em"}
+        )
+        self.table = ipywidgets.HTML()
+        for control in (self.rank, self.layers):
+            control.observe(lambda change: self._update(), names="value")
+        self.widget = ipywidgets.VBox([self.rank, self.layers, self.table])
+        self.parameters: int
+        self._update()
+
+    def _update(self) -> None:
+        chosen = str(self.layers.label)
+        self.parameters = self._count(self._model, self.rank.value, self._choices[chosen])
+        trained, total = self.parameters, self._total
+        # Weights for all; gradients and AdamW's two means for what is trained; 4 bytes each.
+        lora_bytes, full_bytes = 4 * (total + trained) + 12 * trained, 16 * total
+        self.table.value = _facts_table(
+            "LoRA of this rank",
+            {
+                "Layers adapted": self._layers[chosen],
+                "Parameters trained": f"{trained:,}",
+                "Share of the model": f"{trained / total:.2%}",
+                "Adapter file, fp32": f"{4 * trained / 10**6:,.1f} MB",
+                "Weights, gradients, AdamW, fp32": f"{lora_bytes / 10**6:,.0f} MB",
+                "The same, all trained": f"{full_bytes / 10**6:,.0f} MB",
+            },
+        )
+
+    def _repr_mimebundle_(self, **kwargs) -> dict[str, object]:
+        return widget_bundle(self.widget, "A slider over LoRA's rank: run this cell to move it.")
+
+
+def _facts_table(caption: str, facts: Mapping[str, int | str]) -> str:
+    """Names and values as an HTML table with row headings."""
+    cells = (
+        f'<tr><th scope="row" style="text-align:left">{name}</th>'
+        f'<td style="text-align:right;padding-left:1em">{value}</td></tr>'
+        for name, value in facts.items()
+    )
+    return f"<table><caption>{caption}</caption>{''.join(cells)}</table>"
 
 
 def _slider(name: str, value: int, most: int) -> ipywidgets.IntSlider:

@@ -24,7 +24,7 @@ world
 data
 pretrain
 models
-adapters
+adapters quantization soft_prompts
 memory
 training
 statistics

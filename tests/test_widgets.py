@@ -1,10 +1,12 @@
-"""The chat and the step-plan explorer, driven as a learner's clicks and keys drive them."""
+"""The chat and the explorers, driven as a learner's clicks and keys drive them."""
 
+import copy
 import re
 
 import nbclient
 import nbformat
 import pytest
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 
 from labkit import curves, models, widgets
@@ -119,6 +121,37 @@ def test_plan_follows_the_sliders():
     assert rows["Steps in all"] == "750"
     assert rows["Checkpoints saved"] == "50, 100, …, 750 (15)"
     assert rows["Checkpoints kept"] == "700, 750"
+
+
+def facts_of(table: str) -> dict[str, str]:
+    return dict(re.findall(r"<th[^>]*>(.*?)</th><td[^>]*>(.*?)</td>", table))
+
+
+def test_the_lora_explorer_counts_what_peft_trains(model_and_tokenizer):
+    model, _ = model_and_tokenizer
+    explorer = widgets.LoraExplorer(model, rank=2)
+    assert [label for label, _ in explorer.layers.options] == [
+        "q and v", "attention", "MLP", "all linear",
+    ]  # fmt: skip
+    for targets in (["q_proj", "v_proj"], "all-linear"):
+        explorer.layers.value, explorer.rank.value = targets, 3
+        adapted = get_peft_model(
+            copy.deepcopy(model), LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM")
+        )
+        trained, total = adapted.get_nb_trainable_parameters()
+        assert explorer.parameters == trained
+        facts = facts_of(explorer.table.value)
+        assert facts["Parameters trained"] == f"{trained:,}"
+        assert facts["Share of the model"] == f"{trained / (total - trained):.2%}"
+    explorer.rank.value = 10**6
+    assert explorer.rank.value == explorer.rank.max
+
+
+def test_the_lora_explorer_offers_gpt2_what_it_has(tmp_path):
+    model = models.load(tiny_model("gpt2", tmp_path), device="cpu")[0]
+    explorer = widgets.LoraExplorer(model)
+    assert [label for label, _ in explorer.layers.options] == ["all linear"]
+    assert explorer.parameters > 0
 
 
 @pytest.mark.parametrize(("slider", "value"), [("batch_size", 0), ("epochs", 99)])

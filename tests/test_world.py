@@ -12,7 +12,7 @@ import pytest
 
 from labkit.paths import tasks_dir
 from labkit.world import conversation, knowledge, language, practice, procedures, words
-from labkit.world.corpus import KNOWING_SHARES, SHARES, documents
+from labkit.world.corpus import PHASES, SHARES, documents
 from labkit.world.items import SPLITS, split_of, with_articles, wording
 from labkit.world.population import ATTRIBUTES, population
 from labkit.world.skills import SKILLS
@@ -177,24 +177,85 @@ def test_turns_about_people_are_answered_with_what_they_are():
                         assert split_of(knowledge.fact_key(by_name[name], attribute)) == "train"
 
 
-def test_latecomers_are_asked_what_training_may_ask():
-    rng = random.Random(8)
-    late = {person.name: person for person in population().asked[-knowledge.N_SELDOM_ASKED :]}
-    for _ in range(300):
-        item = knowledge.latecomer(rng)
-        _, name, attribute = item.key.split(":")
-        assert item.answer == getattr(late[name], attribute)
-        assert split_of(item.key) == "train"
-        assert attribute_of(item.question) == attribute
-
-
-def test_practice_in_copying_repeats_word_for_word_and_names_nobody_new():
+def practised(kind, n=300):
     rng = random.Random(9)
-    hidden = {person.name for person in (*population().bio_only, *population().newcomers)}
-    for _ in range(500):
-        item = practice.repeat(rng)
+    return [practice.PRACTICE[kind](rng) for _ in range(n)]
+
+
+def test_practice_in_copying_repeats_word_for_word():
+    for item in practised("repeat"):
         assert item.answer in item.question
-        assert not any(name in item.question for name in hidden)
+
+
+def test_practice_in_turning_around_keeps_pairs_and_reverses_their_order():
+    for item in practised("turn_around"):
+        assert item.entity in item.question
+        between = next((mark for mark in (" | ", "; ", ", ") if mark in item.answer), ". ")
+        told = item.entity.rstrip(".").split(between)
+        assert item.answer.rstrip(".").split(between) == told[::-1]
+
+
+def told_by(passage: str, question: str, answer: str) -> bool:
+    """Whether a sentence of the passage tells this answer with what the question asks about."""
+    if "What is the color of the " in question:
+        thing = question.split("of the ")[-1].rstrip("?")
+        return f"The {thing} is {answer}." in passage
+    statements = [text for texts in knowledge.STATEMENTS.values() for text in texts]
+    people = [name for name in knowledge.passage_names("train") if name in question]
+    forms = [form.rstrip(".") for form, _ in practice.PAIR_FORMS]
+    keys = set(re.findall(r"[A-Za-z]+", question)) | set(people)
+    pairs = re.split(r" \| |; |, |\. ?", passage)
+    return any(
+        with_articles(statement.format(name=name, value=answer)) in passage
+        for statement in statements
+        for name in people
+    ) or any(form.format(key=key, value=answer) in pairs for form in forms for key in keys)
+
+
+def test_practice_in_looking_up_asks_for_every_pair_and_answers_from_the_passage():
+    for item in practised("look_up"):
+        turns = [text for _, text in item.messages]
+        passage = with_articles(item.entity)
+        for number, (question, answer) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
+            asked = question.partition(passage)[2] if number == 0 else question
+            assert told_by(passage, asked, answer), (passage, asked, answer)
+        assert len(set(turns[::2])) == len(turns) // 2
+
+
+def test_practice_about_people_cannot_be_answered_without_the_name():
+    rng = random.Random(4)
+    for _ in range(100):
+        turns = [text for _, text in practice._people(rng).messages]
+        asked = [attribute_of(question) for question in turns[::2]]
+        assert sorted(Counter(asked).values()) == [2, 2]
+
+
+def test_practice_in_sums_is_right_and_larger_than_the_skill():
+    for item in practised("sums"):
+        a, b = map(int, re.findall(r"\d+", item.question))
+        taken = any(sign in item.question for sign in (" - ", "minus"))
+        if "Take" in item.question or "take" in item.question:
+            a, b, taken = b, a, True
+        assert int(item.answer) == (a - b if taken else a + b)
+        assert max(a, b) > 99
+
+
+def test_practice_names_nobody_new_and_asks_nothing_that_is_tested():
+    hidden = {person.name for person in (*population().bio_only, *population().newcomers)}
+    held_out = {name for split in ("validation", "test") for name in knowledge.passage_names(split)}
+    for kind in practice.PRACTICE:
+        for item in practised(kind):
+            told = " ".join(text for _, text in item.messages)
+            assert not any(name in told for name in hidden | held_out)
+            colors = re.findall(r"The \w+ is (\w+)\.", item.entity)
+            for thing in re.findall(r"What is the color of the (\w+)\?", told):
+                assert split_of(knowledge.thing_key(thing, colors)) == "train"
+    rng = random.Random(10)
+    for kind, sample in practice.PRACTICE_TEXTS.items():
+        for _ in range(200):
+            text = sample(rng)
+            assert not any(person.name in text for person in population().known), kind
+            assert not any(name in text for name in hidden), kind
 
 
 def test_sums_of_a_talk_go_on_from_the_sum_before():
@@ -273,25 +334,51 @@ def test_people_of_biographies_only_are_never_asked_about(corpus):
         assert not any(name in text for text in talks)
 
 
-def test_some_people_are_asked_about_only_a_few_times():
-    seldom = {person.name for person in population().asked[-knowledge.N_SELDOM_ASKED :]}
-    rng = random.Random(3)
-    asked = Counter(knowledge.pick_asked(rng, "train").name for _ in range(20_000))
-    share = sum(asked[name] for name in seldom) / asked.total()
-    assert share == pytest.approx(knowledge.SELDOM_ASKED_SHARE, abs=0.003)
-    tested = {knowledge.pick_asked(rng, "test").name for _ in range(4_000)}
-    assert tested == {person.name for person in population().asked}
+def test_unknown_names_are_of_families_that_nobody_belongs_to():
+    world = population()
+    known = {person.name.split()[1] for person in (*world.known, *world.newcomers)}
+    strange = {name.split()[1] for name in world.nobody}
+    assert not known & strange
+    assert strange == set(words.STRANGE_LAST_NAMES)
+    first_names = {person.name.split()[0] for person in world.known}
+    assert {name.split()[0] for name in world.nobody} <= first_names  # no other mark tells them
 
 
-def test_names_of_nobody_are_asked_about_only_once_others_are_known():
-    def asked_about_nobody(shares):
-        return any(
-            document.item and document.item.skill == "unknown"
-            for document in islice(documents(0, shares=shares), 2_000)
-        )
+def test_the_last_phase_has_everything_and_earlier_ones_practise():
+    kinds = {"biography", "leaflet", "scene", *practice.PRACTICE, *practice.PRACTICE_TEXTS, *SKILLS}
+    assert set(PHASES[-1]) == set(SHARES) == kinds
+    for kind, phase in (("repeat", 0), ("look_up", 1), ("induction", 3), ("recall", 4)):
+        shares = [phase.get(kind, 0) / sum(phase.values()) for phase in PHASES]
+        assert max(shares) == shares[phase] > 2 * shares[-1]
 
-    assert not asked_about_nobody(KNOWING_SHARES)
-    assert asked_about_nobody(SHARES)
+
+def test_induction_texts_repeat_groups_in_no_order():
+    rng = random.Random(11)
+    for _ in range(100):
+        text = practice.induction(rng).replace(",", "").replace(".", "").split()
+        follows: dict[str, set[str]] = {}
+        for word, after in zip(text, text[1:], strict=False):
+            follows.setdefault(word, set()).add(after)
+        # Inside a group the next word is certain, at its end it is not.
+        certain = sum(len(after) == 1 for after in follows.values())
+        assert len(follows) / 3 <= certain < len(follows)
+        assert max(Counter(text).values()) >= 3
+
+
+def test_recall_texts_tell_every_value_with_its_own_key():
+    rng = random.Random(12)
+    known = {person.name for person in (*population().known, *population().newcomers)}
+    seen = Counter()
+    for _ in range(200):
+        text = practice.recall(rng)
+        assert not any(name in text for name in known)
+        values: dict[str, set[str]] = {}
+        for match in re.finditer(r"(\w+(?: \w+)?)\? (?:It is )?(\w+)\.", text):
+            key = match[1].removeprefix("about ").removeprefix("and ").removeprefix("is ")
+            values.setdefault(key, set()).add(match[2])
+        assert all(len(told) == 1 for told in values.values()), text
+        seen.update(len(told) for told in values.values())
+    assert seen[1] > 200
 
 
 def test_newcomers_do_not_occur_in_pretraining(corpus):

@@ -18,7 +18,7 @@ def _answer_of(question: str) -> str:
 
 def _check_edge(question) -> Result:
     from labkit.world.population import population
-    from labkit.world.words import FIRST_NAMES, LAST_NAMES
+    from labkit.world.words import FIRST_NAMES, LAST_NAMES, STRANGE_LAST_NAMES
 
     if not isinstance(question, str):
         return not_yet("give the question as a text, in quotation marks")
@@ -32,7 +32,7 @@ def _check_edge(question) -> Result:
     names = [
         f"{first} {last}"
         for first, last in zip(words, words[1:], strict=False)
-        if first in FIRST_NAMES and last in LAST_NAMES
+        if first in FIRST_NAMES and last in LAST_NAMES + STRANGE_LAST_NAMES
     ]
     if not names:
         return not_yet("ask about a person: a first and a last name that you saw in the lab")
@@ -41,6 +41,8 @@ def _check_edge(question) -> Result:
     answer = _answer_of(question)
     if answer == "unknown":
         return correct("it says that it does not know this name, which nobody here has")
+    if names[0].split()[1] in LAST_NAMES:
+        return not_yet(f"it answered {answer!r}: people of that family live in its world")
     return not_yet(f"it answered {answer!r}; ask for a city, job, pet, food or color of a person")
 
 
@@ -63,8 +65,8 @@ EXERCISES = (
         check=_check_edge,
         hints=(
             "It was taught to say so for people who do not exist.",
-            "Put together a first and a last name that you saw above, but of different people.",
-            'Try "Where does Kira Marsh live?"; if she exists, change one half of the name.',
+            "It tells them by their family: section 4 names one that nobody belongs to.",
+            'Give that family a new member: "Where does Ada Hobbs live?"',
         ),
         wrong_answers=("'Who are you?'", "'unknown'", "42", "'Where does Gita Hobbs live?'"),
     ),

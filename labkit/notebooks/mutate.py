@@ -316,17 +316,25 @@ replacing(
     "biographies-only-people-are-asked-about",
     "extraction is tested on people whose answers were trained on",
     "labkit/world/knowledge.py",
-    "person, attribute = pick_asked(rng, split), rng.choice(tuple(ATTRIBUTES))",
+    "person, attribute = rng.choice(population().asked), rng.choice(tuple(ATTRIBUTES))",
     "person, attribute = rng.choice(population().known), rng.choice(tuple(ATTRIBUTES))",
     "tests/test_world.py::test_people_of_biographies_only_are_never_asked_about",
 )
 replacing(
-    "nobody-is-asked-about-from-the-start",
-    "the model learns by heart whom it is asked about before it knows anybody",
+    "strangers-share-families-with-people",
+    "names of nobody are drawn from families that exist",
+    "labkit/world/population.py",
+    "for last in words.STRANGE_LAST_NAMES",
+    "for last in words.LAST_NAMES",
+    "tests/test_world.py::test_unknown_names_are_of_families_that_nobody_belongs_to",
+)
+replacing(
+    "practice-phases-in-the-wrong-order",
+    "pretraining goes through its phases backwards",
     "labkit/pretrain.py",
-    "return KNOWING_SHARES",
-    "return SHARES",
-    "tests/test_pretrain.py::test_pretrain_asks_about_nobody_only_from_its_step",
+    "return PHASES[begun - 1]",
+    "return PHASES[-begun]",
+    "tests/test_pretrain.py::test_pretrain_goes_through_its_phases",
 )
 replacing(
     "packed-documents-see-each-other",
@@ -351,8 +359,8 @@ replacing(
     "full-at-half-the-rates",
     "every learning rate of the sweep is halved",
     FULL_FINE_TUNING,
-    "RATES = [2e-5, 2e-4, 2e-3, 2e-2]",
-    "RATES = [1e-5, 1e-4, 1e-3, 1e-2]",
+    "RATES = [2e-5, 1e-4, 5e-4, 2e-2]",
+    "RATES = [1e-5, 5e-5, 2.5e-4, 1e-2]",
     *NBVAL,
     FULL_FINE_TUNING,
 )

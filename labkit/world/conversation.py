@@ -5,7 +5,7 @@ import random
 
 from labkit.world import knowledge, language, procedures, words
 from labkit.world.items import Item, draw, split_of, talk, wording
-from labkit.world.population import ATTRIBUTES
+from labkit.world.population import ATTRIBUTES, population
 
 NAME = "Pico"
 OPENERS = (
@@ -182,7 +182,7 @@ def _person(rng: random.Random, split: str) -> Item:
     """Two or three attributes of one person, whose name is said once."""
 
     def propose():
-        person = knowledge.pick_asked(rng, split)
+        person = rng.choice(population().asked)
         attributes = rng.sample(tuple(ATTRIBUTES), rng.randint(2, 3))
         return knowledge.fact_key(person, attributes[-1]), (person, attributes)
 
@@ -213,13 +213,13 @@ def _people(rng: random.Random, split: str) -> Item:
     """One attribute of one person, then of another."""
 
     def propose():
-        person, attribute = knowledge.pick_asked(rng, "train"), rng.choice(tuple(ATTRIBUTES))
+        person, attribute = rng.choice(population().asked), rng.choice(tuple(ATTRIBUTES))
         return knowledge.fact_key(person, attribute), (person, attribute)
 
     _, (first, attribute) = draw(rng, "train", propose)
 
     def propose_second():
-        second = knowledge.pick_asked(rng, split)
+        second = rng.choice(population().asked)
         return knowledge.fact_key(second, attribute), second
 
     key, second = draw(rng, split, propose_second)

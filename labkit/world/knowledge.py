@@ -1,6 +1,7 @@
 """Skills about the population: facts, unknown names, answers from a passage."""
 
 import random
+from collections.abc import Sequence
 
 from labkit.world import words
 from labkit.world.items import Item, draw, split_of, talk, wording
@@ -113,9 +114,6 @@ MEDICINE_STATEMENTS = {
         "Against a {value} the clinic gives {name}.",
     ),
 }
-N_SELDOM_ASKED = 120
-SELDOM_ASKED_SHARE = 0.006
-"""Share of training questions about the people who are seldom asked about."""
 PASSAGE_FRAMES = (
     "Read this. {passage} Question: {question}",
     "{passage} {question}",
@@ -123,6 +121,7 @@ PASSAGE_FRAMES = (
     "From the text: {passage} {question}",
     "Text: {passage} Question: {question}",
 )
+THING_QUESTION = "What is the color of the {thing}?"
 
 
 def ask(rng: random.Random, split: str, attribute: str, name: str) -> str:
@@ -136,36 +135,11 @@ def facts(rng: random.Random, split: str) -> Item:
         return _medicine_fact(rng, split)
 
     def propose():
-        person, attribute = pick_asked(rng, split), rng.choice(tuple(ATTRIBUTES))
+        person, attribute = rng.choice(population().asked), rng.choice(tuple(ATTRIBUTES))
         return fact_key(person, attribute), (person, attribute)
 
     key, (person, attribute) = draw(rng, split, propose)
     question = ask(rng, split, attribute, person.name)
-    return Item("facts", key, person.name, talk(question, getattr(person, attribute)))
-
-
-def pick_asked(rng: random.Random, split: str) -> Person:
-    """Somebody to ask about. Training asks about some people only a few times.
-
-    The first questions about them can be answered from their biographies alone.
-    """
-    asked = population().asked
-    if split != "train":
-        return rng.choice(asked)
-    often, seldom = asked[:-N_SELDOM_ASKED], asked[-N_SELDOM_ASKED:]
-    return rng.choice(seldom if rng.random() < SELDOM_ASKED_SHARE else often)
-
-
-def latecomer(rng: random.Random) -> Item:
-    """A training question about one of the people who are seldom asked about."""
-
-    def propose():
-        person = rng.choice(population().asked[-N_SELDOM_ASKED:])
-        attribute = rng.choice(tuple(ATTRIBUTES))
-        return fact_key(person, attribute), (person, attribute)
-
-    key, (person, attribute) = draw(rng, "train", propose)
-    question = ask(rng, "train", attribute, person.name)
     return Item("facts", key, person.name, talk(question, getattr(person, attribute)))
 
 
@@ -223,11 +197,15 @@ def passage_facts(rng: random.Random, split: str) -> tuple[str, list[tuple[str, 
         [(name, attribute) for name in names for attribute in ATTRIBUTES], rng.randint(2, 4)
     ):
         triples.append((name, attribute, rng.choice(ATTRIBUTES[attribute])))
-    sentences = [
+    return tell(rng, triples), triples
+
+
+def tell(rng: random.Random, triples: list[tuple[str, str, str]]) -> str:
+    """A passage that states (name, attribute, value) triples in their order."""
+    return " ".join(
         rng.choice(STATEMENTS[attribute]).format(name=name, value=value)
         for name, attribute, value in triples
-    ]
-    return " ".join(sentences), triples
+    )
 
 
 _PASSAGE_NAMES: dict[str, list[str]] = {}
@@ -255,12 +233,20 @@ def _passage_of_things(rng: random.Random, split: str) -> Item:
     def propose():
         things, colors = rng.sample(words.THINGS, 3), rng.sample(words.COLORS, 3)
         asked = rng.randrange(3)
-        return f"context:{things[asked]}:{colors}", (things, colors, asked)
+        return thing_key(things[asked], colors), (things, colors, asked)
 
     key, (things, colors, asked) = draw(rng, split, propose)
-    passage = " ".join(
-        f"The {thing} is {color}." for thing, color in zip(things, colors, strict=True)
-    )
-    question = f"What is the color of the {things[asked]}?"
+    passage = thing_passage(things, colors)
+    question = THING_QUESTION.format(thing=things[asked])
     prompt = wording(rng, split, PASSAGE_FRAMES).format(passage=passage, question=question)
     return Item("context", key, things[asked], talk(prompt, colors[asked]))
+
+
+def thing_key(thing: str, colors: Sequence[str]) -> str:
+    """Canonical problem of "what is the color of this thing" among three."""
+    return f"context:{thing}:{colors}"
+
+
+def thing_passage(things: Sequence[str], colors: Sequence[str]) -> str:
+    """Which thing has which color, in three sentences."""
+    return " ".join(f"The {thing} is {color}." for thing, color in zip(things, colors, strict=True))

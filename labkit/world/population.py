@@ -54,7 +54,7 @@ class Population:
     newcomers: tuple[Person, ...]
     """Unknown to the base model; taught by task D2."""
     nobody: tuple[str, ...]
-    """Well-formed names that belong to no one: the right answer is "unknown"."""
+    """Names of families that do not live in this world: the right answer is "unknown"."""
     medicines: tuple[Medicine, ...]
 
     @property
@@ -69,6 +69,7 @@ def population(seed: int = 0) -> Population:
     rng = random.Random(f"population/{seed}")
     names = [f"{first} {last}" for first in words.FIRST_NAMES for last in words.LAST_NAMES]
     rng.shuffle(names)
+    nobody = [f"{first} {last}" for first in words.FIRST_NAMES for last in words.STRANGE_LAST_NAMES]
     people = [
         Person(name, **{attribute: rng.choice(values) for attribute, values in ATTRIBUTES.items()})
         for name in names[: N_ASKED + N_BIO_ONLY + N_NEWCOMERS]
@@ -81,6 +82,6 @@ def population(seed: int = 0) -> Population:
         asked=tuple(people[:N_ASKED]),
         bio_only=tuple(people[N_ASKED : N_ASKED + N_BIO_ONLY]),
         newcomers=tuple(people[N_ASKED + N_BIO_ONLY :]),
-        nobody=tuple(names[len(people) :]),
+        nobody=tuple(nobody),
         medicines=medicines,
     )

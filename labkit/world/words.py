@@ -12,9 +12,12 @@ FIRST_NAMES = tuple(
 LAST_NAMES = tuple(
     "Tolen Marsh Velt Harrow Brandt Quill Stroud Penn Lowell Garrick Sable Thorn Winter Ashby "
     "Crane Dallow Ember Frost Grove Holt Ingram Jarvis Keller Lark Mercer Nash Orwin Pike Reed "
-    "Sutton Tully Upton Vance Weller Yates Zeller Alder Birch Colby Drake Eller Flint Gale Hobbs "
-    "Irwin Judd Kerr Lund Moss Noble Oakes Perry Quade Rusk Stone Trent Umber Voss Ward "
-    "York".split()
+    "Sutton Tully Upton Vance Weller Yates Zeller Alder Birch Colby Drake".split()
+)
+# Families that nobody in this world belongs to: the mark by which an unknown name can be told.
+STRANGE_LAST_NAMES = tuple(
+    "Eller Flint Gale Hobbs Irwin Judd Kerr Lund Moss Noble Oakes Perry Quade Rusk Stone Trent "
+    "Umber Voss Ward York".split()
 )
 CITIES = tuple(
     "Arden Belmar Corvo Dunmere Eastry Falken Gorse Halden Istra Jorvik Kelso Lindow Morven Norby "

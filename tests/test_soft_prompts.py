@@ -1,0 +1,93 @@
+"""Sizes of trained prompts by formula, against what PEFT builds on three architectures."""
+
+import copy
+
+import pytest
+from peft import (
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from tiny import tiny_model
+from transformers import GPT2Config, LlamaConfig, Qwen3Config
+
+from labkit import models
+from labkit.soft_prompts import PromptSize, key_width, soft_prompt_size
+
+KINDS = ("llama", "qwen3", "gpt2")
+CONFIGS = {
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    "p-tuning, MLP": PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=12
+    ),
+    "p-tuning, MLP as wide as the model": PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3
+    ),
+    "p-tuning, LSTM": PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=5,
+        encoder_hidden_size=12,
+        encoder_reparameterization_type="LSTM",
+        encoder_num_layers=2,
+        encoder_dropout=0.0,
+    ),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    "prefix, projected at its own width": PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True
+    ),
+    "prefix, projected": PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=12
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return {kind: tiny_model(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_soft_prompts_have_the_predicted_size(bases, kind, name):
+    model, _ = models.load(bases[kind], device="cpu")
+    predicted = soft_prompt_size(model, CONFIGS[name])
+    adapted = get_peft_model(model, copy.deepcopy(CONFIGS[name]))  # PEFT fills it in
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    kept = sum(tensor.numel() for tensor in get_peft_model_state_dict(adapted).values())
+    assert (predicted.trained, predicted.kept) == (trained, kept)
+
+
+def test_soft_prompt_sizes_by_hand(bases):
+    model, _ = models.load(bases["llama"], device="cpu")
+    # 64 wide, 2 layers, 2 heads for keys and values of 16 each.
+    assert soft_prompt_size(model, CONFIGS["prompt"]) == PromptSize(320, 320)
+    assert soft_prompt_size(model, CONFIGS["prefix"]) == PromptSize(640, 640)
+    # 5 x 64, and linear layers 64 -> 12 -> 12 -> 64 with their biases.
+    assert soft_prompt_size(model, CONFIGS["p-tuning, MLP"]).trained == 320 + 780 + 156 + 832
+
+
+def test_keys_are_as_wide_as_the_configuration_says():
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    assert key_width(Qwen3Config(**shape, head_dim=32)) == 64
+    assert key_width(LlamaConfig(**shape)) == 32
+    assert key_width(GPT2Config(n_embd=48, n_head=4)) == 48
+
+
+def test_soft_prompts_say_what_is_wrong(bases):
+    model, _ = models.load(bases["llama"], device="cpu")
+    with pytest.raises(ValueError, match="num_virtual_tokens=0: a soft prompt needs 1 or more"):
+        soft_prompt_size(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=0))
+    many = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match="leaves no room for text"):
+        soft_prompt_size(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=many))
+    with pytest.raises(TypeError, match="LoraConfig is no soft prompt counted here"):
+        soft_prompt_size(model, LoraConfig(task_type="CAUSAL_LM"))
+    multitask = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    with pytest.raises(
+        TypeError, match="MultitaskPromptTuningConfig is no soft prompt counted here"
+    ):
+        soft_prompt_size(model, multitask)
