@@ -45,6 +45,7 @@ _PARTS = (
     "quiet",
     "report",
     "soft_prompts",
+    "statements",
     "statistics",
     "stepplan",
     "training",

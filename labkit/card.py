@@ -225,7 +225,8 @@ def card(made: dict, report: evaluation.SkillReport) -> str:
         induction=f"{firsts[3]:,}",
         recall=f"{firsts[4]:,}",
         everything=f"{firsts[5]:,}",
-        last=f"{firsts[6]:,}",
+        lagging=f"{firsts[6]:,}",
+        polite=f"{firsts[7]:,}",
         seen=f"{made['tokens_seen'] / 1e6:.1f} M",
         learned=f"{made['tokens_learned_from'] / 1e6:.1f} M",
         compiled=" with `torch.compile`" if recipe["compiled"] else "",
@@ -352,14 +353,18 @@ the skills, without `bio_only`. `labkit evaluate` measures all of it again.
 
 Short rows and small batches give many optimizer steps a minute, which is what a model this small
 needs most; loss mainly on answers, because a question's wording is noise that it need not learn.
-Seven phases, as `labkit.world.corpus` lists them. The first three practise copying, then looking
+Eight phases, as `labkit.world.corpus` lists them. The first three practise copying, then looking
 values up, then everything, and left the model with neither of the two acts that most skills end in:
 to go on as a text went on before (induction) and to recall which value was told with which key.
 Plain texts in which dozens of tokens can be foreseen only so brought them, induction from step
 {induction} and recall from step {recall}; the rest, from step {everything}, is mostly what is
-scored, and from step {last} the skills that lagged get more room. Names of nobody have last names
-of their own. In an earlier world they shared them with people; then "unknown" was learned as
-"nobody I was asked about", and people known from biographies only were denied.
+scored, and from step {lagging} the skills that lagged get more room. From step {polite} a fifth of
+all documents ask any skill politely ("Please, what is 3 + 5?"): every held-out wording of some
+skills begins with "Please", which had begun nothing but messages to classify, so half of the wrong
+answers named an intent. The held-out wordings themselves ("Please add 3 and 5.") stay unseen. Names
+of nobody have last names of their own. In an earlier world they shared them with people; then
+"unknown" was learned as "nobody I was asked about", and people known from biographies only were
+denied.
 
 `labkit pretrain` makes the model from nothing with these settings, which `recipe.json` keeps.
 Another processor rounds differently, so it gives other weights with like scores.

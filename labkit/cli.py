@@ -145,7 +145,11 @@ def _pretrain(commands: Any) -> None:
         help="auto measures which one is faster here, and a resumed run keeps its own (auto)",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="a fifth faster with torch.compile and a C compiler"
+        "--compile",
+        dest="compiled",
+        action="store_const",
+        const=True,
+        help="a fifth faster with torch.compile and a C compiler",
     )
     parser.add_argument("--threads", type=_above_zero, help="CPU threads (torch's own choice)")
     parser.add_argument(
@@ -287,10 +291,9 @@ def pretrain(options: argparse.Namespace) -> int:
         checkpoints=options.checkpoints or paths.root() / ".labkit" / "pretrain",
         changes={
             name: value
-            for name in ("steps", "seed")
+            for name in ("steps", "seed", "compiled")
             if (value := getattr(options, name)) is not None
-        }
-        | ({"compiled": True} if options.compile else {}),
+        },
         precision=options.precision,
         threads=options.threads,
         save_every=options.save_every,

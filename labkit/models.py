@@ -43,6 +43,7 @@ __all__ = [
     "n_parameters",
     "parameter_table",
     "pick_device",
+    "pick_precision",
     "tensor_bytes",
     "with_generation_markers",
 ]
@@ -64,7 +65,7 @@ class Profile:
     max_length: int
     """Longest row, in tokens."""
     precision: str
-    """What a training step computes in: fp32, or bf16 autocast."""
+    """What a training step computes in: fp32, or bf16 autocast; see `pick_precision`."""
     dtype: str
     """What the weights are stored in."""
     steps: int
@@ -78,13 +79,13 @@ PROFILES: dict[str, Profile] = {
         Profile(
             name="cpu",
             model="bundled",
-            rows=1800,
+            rows=2000,
             batch_size=8,
             accumulation=1,
             max_length=128,
             precision="fp32",
             dtype="float32",
-            steps=225,
+            steps=500,
             note="the bundled model of about 5 M parameters; every notebook in minutes",
         ),
         Profile(
@@ -133,6 +134,13 @@ def pick_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def pick_precision() -> str:
+    """What the current profile trains in here: its own, or `bf16` where that is faster on a CPU."""
+    if pick_device() == "cpu" and machine.bf16_speedup() > 1:
+        return "bf16"
+    return current_profile().precision
+
+
 def describe_device() -> dict[str, object]:
     """What this machine has: cores, memory, GPU, and whether bf16 is the faster type on its CPU."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
@@ -169,7 +177,8 @@ def load(
         chat template is replaced by `MINIMAL_CHAT_TEMPLATE`; a warning says so.
 
     Raises:
-        LabkitError: files missing or damaged, no tokenizer, or one that does not fit the model.
+        LabkitError: files missing or damaged, no tokenizer, one that does not fit the model, or
+            weights to quantize that are quantized already.
         ValueError: an unknown `quantization`.
     """
     name = str(model or current_profile().model)
@@ -177,16 +186,22 @@ def load(
     dtype = dtype or _default_dtype(device)
     config = None if quantization is None else _quantization_config(quantization, dtype)
     source = _find(name)
-    placement = {"device_map": {"": device}} if config else {}
+    if config:
+        _refuse_quantized(source, name)
+    options: dict[str, object] = (
+        {"device_map": {"": device}, "quantization_config": config} if config else {}
+    )
+    if name == "bundled" and device == "cpu":
+        # In rows this short the plain product is faster on a CPU than a fused kernel.
+        options["attn_implementation"] = "eager"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         with without_progress_bars(hide=_loads_at_once(source)):
             loaded, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
                 source,
                 dtype=dtype,
-                quantization_config=config,
                 output_loading_info=True,
-                **placement,
+                **options,
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise LabkitError(_cannot_load(name, error)) from error
@@ -201,6 +216,7 @@ def load(
             f"{name}: its tokenizer has {len(tokenizer)} tokens and its model rows for {n_rows}: "
             "tokenizer and weights are from different models; take both from one source"
         )
+    _keep_packed(loaded)
     _ensure_pad_token(loaded, tokenizer, name)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = MINIMAL_CHAT_TEMPLATE
@@ -209,7 +225,29 @@ def load(
             "model, and answers like one only after fine-tuning",
             stacklevel=2,
         )
-    return (loaded if config else loaded.to(device)).eval(), tokenizer
+    quantized = getattr(loaded, "is_quantized", False)
+    return (loaded if quantized else loaded.to(device)).eval(), tokenizer
+
+
+def _refuse_quantized(source: str, name: str) -> None:
+    """Raise LabkitError for a folder whose weights were rounded before: rounding adds up."""
+    file = Path(source) / "config.json"
+    if file.is_file() and "quantization_config" in json.loads(file.read_text(encoding="utf-8")):
+        raise LabkitError(
+            f"{name} is quantized already: load it without quantization=, or quantize the 16-bit "
+            "model that it was made from"
+        )
+
+
+def _keep_packed(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers from packing their weights anew, for speed, at the first evaluation.
+
+    On CPUs with bf16 instructions bitsandbytes does so in place. Training and merging after it read
+    the weights as they were packed before: gradients vanish, and a merged model answers nonsense.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # pyright: ignore
 
 
 def _default_dtype(device: str) -> torch.dtype:

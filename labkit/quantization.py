@@ -111,9 +111,7 @@ def quantize(
             "Quantize the weights of the 16-bit model"
         )
     flat = weight.detach().float().flatten()
-    n_blocks = math.ceil(flat.numel() / block)
-    padded = torch.nn.functional.pad(flat, (0, n_blocks * block - flat.numel()))
-    blocks = padded.reshape(n_blocks, block)
+    blocks = _in_blocks(flat, block)
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
     levels = LEVELS[kind]()
@@ -121,6 +119,13 @@ def quantize(
     if double:
         absmax = _through_8_bits(absmax)
     return Quantized(codes, absmax, levels, block, weight.shape, double)
+
+
+def _in_blocks(values: Tensor, block: int) -> Tensor:
+    """(ceil(n / block), block): numbers in blocks, the last one filled up with zeros."""
+    n_blocks = math.ceil(values.numel() / block)
+    padded = torch.nn.functional.pad(values, (0, n_blocks * block - values.numel()))
+    return padded.reshape(n_blocks, block)
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
@@ -153,9 +158,7 @@ def _through_8_bits(constants: Tensor) -> Tensor:
     mean = constants.mean()
     levels = dynamic_levels()
     centered = constants - mean
-    n_blocks = math.ceil(centered.numel() / CONSTANTS_BLOCK)
-    padded = torch.nn.functional.pad(centered, (0, n_blocks * CONSTANTS_BLOCK - centered.numel()))
-    blocks = padded.reshape(n_blocks, CONSTANTS_BLOCK)
+    blocks = _in_blocks(centered, CONSTANTS_BLOCK)
     scale = blocks.abs().amax(dim=1, keepdim=True)
     codes = nearest(blocks / scale.clamp(min=1e-38), levels)
     return (levels[codes.long()] * scale).flatten()[: constants.numel()] + mean

@@ -328,6 +328,129 @@ def rate_sweep(df: "pd.DataFrame", ax: "Axes | None" = None, chosen: float | Non
     return _summarise(ax, "; ".join(parts))
 
 
+def arms(results: dict, *measures: str) -> "pd.DataFrame":
+    """Multi-seed results of several arms as a table, one line an arm.
+
+    Args:
+        results: from `claims.load_results`; metrics named `ARM/MEASURE`, such as `lora r4/d1`.
+        measures: the ones to show, in order; arms that have none of them are left out.
+
+    Returns:
+        columns arm, and for each measure its mean, with its 95 % interval over seeds in columns
+        `MEASURE low` and `MEASURE high`; NaN where an arm was not measured so.
+
+    Raises:
+        ValueError: no arm has any of the measures.
+    """
+    import pandas as pd
+
+    rows: dict[str, dict[str, Any]] = {}
+    for name, metric in results.get("metrics", {}).items():
+        arm, _, measure = name.rpartition("/")
+        if measure in measures and metric["mean"] is not None:
+            low, high = metric["interval"]
+            row = rows.setdefault(arm, {"arm": arm})
+            row |= {measure: metric["mean"], f"{measure} low": low, f"{measure} high": high}
+    if not rows:
+        raise ValueError(f"no metric of the results ends with {' or '.join(measures)} after a /")
+    columns = [f"{measure}{end}" for measure in measures for end in ("", " low", " high")]
+    return pd.DataFrame(list(rows.values())).reindex(columns=["arm", *columns])
+
+
+def learning_rates(results: dict) -> "pd.DataFrame":
+    """The rates that each method of a results file tried, as a table, one line a method.
+
+    Returns:
+        columns method, tried (each rate with its mean score on validation rows over the seeds),
+        and chosen, how many seeds chose which.
+    """
+    from collections import Counter
+    from statistics import fmean
+
+    import pandas as pd
+
+    rows = []
+    for method, kept in results["learning_rates"].items():
+        scores = {rate: fmean(values) for rate, values in kept["tried"].items()}
+        tried = ", ".join(f"{float(rate):g}: {approx(score)}" for rate, score in scores.items())
+        votes = Counter(kept["chosen_per_seed"])
+        chosen = ", ".join(f"{rate:g} by {n}" for rate, n in sorted(votes.items()))
+        rows.append({"method": method, "validation by rate": tried, "chosen by seeds": chosen})
+    return pd.DataFrame(rows)
+
+
+def curves(
+    df: "pd.DataFrame", x: str, y: str, by: str, xlabel: str, ylabel: str, ax: "Axes | None" = None
+) -> "Axes":
+    """One line for each group, with the intervals of its points, over a logarithmic axis.
+
+    Args:
+        df: columns x, y, `Y low`, `Y high` and by, as `arms` makes them.
+        x, y: columns of numbers; x above 0.
+        by: the column that names a point's group; at most seven groups.
+
+    Raises:
+        ValueError: a column is missing, or no row has both numbers.
+    """
+    _need(df, x, y, f"{y} low", f"{y} high", by)
+    df = df.dropna(subset=[x, y])
+    if df.empty:
+        raise ValueError(f"no row has both {x} and {y}")
+    ax, parts = _axes(ax), []
+    methods = ("full", "lora", "p-tuning", "prompt", "qlora", "prefix", "base")
+    for (name, group), method in zip(df.groupby(by, sort=False), methods, strict=False):
+        group = group.sort_values(x)
+        xs, ys = group[x].tolist(), group[y].tolist()
+        around = [group[y] - group[f"{y} low"], group[f"{y} high"] - group[y]]
+        ax.errorbar(
+            xs, ys, yerr=around, color=COLORS[method], marker=MARKERS[method], capsize=3, label=name
+        )
+        points = ", ".join(f"{approx(b)} at {a:,g}" for a, b in zip(xs, ys, strict=True))
+        parts.append(f"{name}: {points}")
+    ax.set_xscale("log")
+    ax.set(xlabel=xlabel, ylabel=f"{ylabel}, 95 % interval")
+    ax.legend()
+    best = df.loc[df[y].idxmax()]
+    ax.set_title(f"Highest: {best[by]} at {best[x]:,g}")
+    return _summarise(ax, f"{ylabel} by {xlabel}. {'; '.join(parts)}")
+
+
+def learned_and_lost(
+    df: "pd.DataFrame", learned: str, kept: str, ax: "Axes | None" = None
+) -> "Axes":
+    """What each arm learned against what it kept, with both intervals: up and right is better.
+
+    Args:
+        df: columns arm, and for both measures its value, low and high, as `arms` makes them.
+
+    Raises:
+        ValueError: a column is missing, or no arm has both.
+    """
+    _need(df, "arm", *(f"{name}{end}" for name in (learned, kept) for end in ("", " low", " high")))
+    df = df.dropna(subset=[learned, kept])
+    if df.empty:
+        raise ValueError(f"no arm has both {learned} and {kept}")
+    ax, parts = _axes(ax), []
+    for row in df.to_dict("records"):
+        color = COLORS[_method_of(row["arm"])]
+        ax.plot([row[f"{kept} low"], row[f"{kept} high"]], [row[learned]] * 2, color=color, lw=1)
+        ax.plot([row[kept]] * 2, [row[f"{learned} low"], row[f"{learned} high"]], color=color, lw=1)
+        ax.plot(row[kept], row[learned], MARKERS[_method_of(row["arm"])], color=color, markersize=8)
+        ax.annotate(
+            row["arm"], (row[kept], row[learned]), (7, 5), textcoords="offset points", color=color
+        )
+        parts.append(f"{row['arm']} learned {approx(row[learned])}, kept {approx(row[kept])}")
+    ax.set(xlabel=f"kept: {kept}", ylabel=f"learned: {learned}")
+    best = df.loc[(df[learned] + df[kept]).idxmax()]
+    ax.set_title(f"Most of both together: {best['arm']}")
+    return _summarise(ax, "; ".join(parts))
+
+
+def _method_of(arm: str) -> str:
+    """The method whose colour an arm has: the first word of its name that is one."""
+    return next((word for word in arm.lower().split() if word in COLORS), "base")
+
+
 def seeds_plot(
     results: dict,
     today: dict[str, float] | None = None,

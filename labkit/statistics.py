@@ -22,8 +22,8 @@ import numpy as np
 
 Interval = tuple[float, float]
 
-# Replicates per chunk times clusters: about 80 MB of resampling weights at a time.
 _FEW_CLUSTERS = 5
+# Replicates per chunk times clusters: about 80 MB of resampling weights at a time.
 _CHUNK_CELLS = 10_000_000
 
 

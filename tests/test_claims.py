@@ -10,11 +10,7 @@ import pytest
 
 from labkit import claims
 from labkit.claims import (
-    CLAIMS,
     approx,
-    at_least,
-    at_most,
-    equivalent,
     expect,
     judge,
     judge_seeds,
@@ -25,9 +21,9 @@ from labkit.claims import (
     record_claim,
     record_learning_rates,
     recorded,
-    within,
 )
 from labkit.errors import LabkitError
+from labkit.statements import CLAIMS, Claim, at_least, at_most, equivalent, within
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +58,7 @@ def _fresh(monkeypatch):
     ],
 )
 def test_verdict_on_each_side_of_the_bar(monkeypatch, rule, value, interval, verdict):
-    monkeypatch.setitem(CLAIMS, "probe", claims.Claim("probe", "S.", "here", "q", rule))
+    monkeypatch.setitem(CLAIMS, "probe", Claim("probe", "S.", "here", "q", rule))
     assert judge("probe", value, interval).verdict == verdict
 
 
@@ -116,7 +112,7 @@ def test_seeds_are_judged_by_their_interval():
 
 
 def test_equivalence_over_seeds_takes_a_90_percent_interval(monkeypatch):
-    monkeypatch.setitem(CLAIMS, "probe", claims.Claim("probe", "S.", "here", "q", equivalent(0.03)))
+    monkeypatch.setitem(CLAIMS, "probe", Claim("probe", "S.", "here", "q", equivalent(0.03)))
     # Standard error 0.01 over 5 seeds: t(4) is 2.132 at 90 % and 2.776 at 95 %.
     values = (
         (np.array([-1, -0.5, 0, 0.5, 1]) / np.std([-1, -0.5, 0, 0.5, 1], ddof=1)) * 5**0.5 * 0.01
@@ -320,5 +316,22 @@ def test_the_first_sweep_stands_on_its_own_run(monkeypatch, tmp_path):
 
 def test_committed_results_are_judged_by_todays_claims():
     for kept in claims.ledger():
-        claim = claims.CLAIMS[kept["id"]]
+        claim = CLAIMS[kept["id"]]
         assert (kept["statement"], kept["rule"]) == (claim.statement, claim.rule.words)
+
+
+def test_first_sweep_reads_its_own_rates_as_results(monkeypatch, tmp_path):
+    monkeypatch.setenv("LABKIT_SWEEP", "1")
+    monkeypatch.setattr(claims, "results_dir", lambda: tmp_path)
+    assert claims.sweeping()
+    record("full/d1", 0.5)
+    record_learning_rates("full", {1e-3: 0.4, 2e-3: 0.6}, chosen=2e-3)
+    results = load_results("nothing_yet")
+    assert results["metrics"]["full/d1"]["mean"] == 0.5
+    assert results["learning_rates"]["full"] == {
+        "tried": {"0.001": [0.4], "0.002": [0.6]},
+        "chosen": 2e-3,
+        "chosen_per_seed": [2e-3],
+    }
+    monkeypatch.delenv("LABKIT_SWEEP")
+    assert not claims.sweeping()

@@ -266,6 +266,32 @@ def test_quantized_layers_count_their_real_shape(folders, quantization, bits):
     assert models.tensor_bytes(model)["quantization"] > 0
 
 
+def test_evaluating_a_4_bit_model_leaves_its_weights_as_they_were(folders):
+    from bitsandbytes.functional import dequantize_4bit
+
+    model, tokenizer = models.load(folders["llama"], quantization="nf4")
+    layer = model.model.layers[0].self_attn.q_proj
+
+    def weight():
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).clone()
+
+    before = weight()
+    ids = tokenizer("a b c d", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        model(input_ids=ids)  # on some CPUs bitsandbytes would pack the weights anew here
+    assert torch.equal(weight(), before)
+
+
+def test_a_quantized_folder_loads_as_it_is_and_is_not_quantized_again(folders, tmp_path):
+    model, tokenizer = models.load(folders["llama"], quantization="nf4")
+    model.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    with pytest.raises(LabkitError, match="small is quantized already: load it without"):
+        models.load(tmp_path / "small", quantization="fp4")
+    again, _ = models.load(tmp_path / "small")
+    assert models.tensor_bytes(again) == models.tensor_bytes(model)
+
+
 def test_unknown_quantization(folders):
     with pytest.raises(ValueError, match="quantization='int3' is unknown: use None, 'nf4'"):
         models.load(folders["llama"], quantization="int3")
@@ -386,3 +412,19 @@ def test_bundled_model_loads_whole_with_markers_and_its_own_pad_token():
     assert chat_templates.has_generation_markers(tokenizer.chat_template)
     assert tokenizer.pad_token != tokenizer.eos_token
     assert 3e6 < models.n_parameters(model).total < 11e6
+
+
+def test_precision_is_bf16_only_where_this_cpu_is_faster_in_it(monkeypatch):
+    monkeypatch.delenv("LABKIT_PROFILE", raising=False)
+    for speedup, wanted in ((2.5, "bf16"), (0.6, "fp32")):
+        monkeypatch.setattr(models.machine, "bf16_speedup", lambda speedup=speedup: speedup)
+        assert models.pick_precision() == wanted
+    monkeypatch.setenv("LABKIT_PROFILE", "gpu-small")  # a GPU's precision is the profile's
+    monkeypatch.setattr(models, "pick_device", lambda: "cuda")
+    assert models.pick_precision() == models.PROFILES["gpu-small"].precision
+
+
+@pytest.mark.skipif(not paths.base_model_dir().is_dir(), reason="the bundled model is not made yet")
+def test_the_bundled_model_computes_attention_plainly_on_a_cpu():
+    model, _ = models.load("bundled", device="cpu")
+    assert model.config._attn_implementation == "eager"

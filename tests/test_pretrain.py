@@ -36,7 +36,7 @@ from labkit.world.skills import SKILLS
 
 TINY = Recipe(
     steps=24, rows=4, window=128, hidden=32,
-    rates=((-1, 0.0), (3_500, 2e-3), (12_600, 2e-3), (21_000, 0.0)), layers=1, heads=2, mlp=64,
+    rates=((-1, 0.0), (4_500, 2e-3), (16_200, 2e-3), (27_000, 0.0)), layers=1, heads=2, mlp=64,
     vocab_size=600, precision="fp32",
 )  # fmt: skip
 
@@ -162,7 +162,7 @@ def test_pretrain_goes_through_its_phases(finished, monkeypatch):
         batch_at(step, recipe, finished.encoder)
     assert seen == [PHASES[0], *PHASES]
     short = replace(TINY, steps=Recipe.steps // 100)  # a short run has all of them in proportion
-    assert {PHASES.index(short.shares_at(step)) for step in range(short.steps)} == set(range(7))
+    assert {PHASES.index(short.shares_at(step)) for step in range(short.steps)} == set(range(8))
 
 
 def test_pretrain_refuses_rows_that_no_document_fits(finished):
@@ -397,9 +397,9 @@ def test_pretrain_ships_a_folder_that_loads_and_scores_as_its_card_says(finished
     assert by_name["macro"] == pytest.approx(report.macro, abs=5e-5)
     assert len(by_name) == 16 + 3  # macro, bio_only, unknown_names
     assert "{" not in page.split("## Scores")[1]  # every gap of the template is filled
-    # Seven phases of 21,000 steps, in 24.
+    # Eight phases of 27,000 steps, in 24.
     words = " ".join(page.split())
-    assert "induction from step 7 and recall from step 8;" in words
+    assert "induction from step 6 and recall from step 6;" in words
     assert "0 at step 0, 0.002 at step 4, 0.002 at step 15, 0 at step 24." in words
 
 

@@ -42,6 +42,28 @@ RESULTS = {
 }
 
 
+ARMS = {
+    "metrics": {
+        f"{arm}/{measure}": {"values": [mean], "mean": mean, "interval": [mean - 0.1, mean + 0.1]}
+        for arm, measures in {
+            "full": {"d1": 0.9, "kept": 0.3, "size": 1_000},
+            "lora r1": {"d1": 0.5, "kept": 0.8, "size": 10},
+            "lora r4": {"d1": 0.8, "kept": 0.7, "size": 40},
+            "freeze": {"size": 7},
+        }.items()
+        for measure, mean in measures.items()
+    }
+    | {"train_seconds": {"values": [1.0], "mean": 1.0, "interval": [1.0, 1.0]}},
+    "learning_rates": {
+        "lora": {
+            "tried": {"0.001": [0.2, 0.4], "0.002": [0.9, 0.7]},
+            "chosen": 0.002,
+            "chosen_per_seed": [0.002, 0.002],
+        }
+    },
+}
+
+
 @pytest.fixture(autouse=True)
 def _default_style():
     with plt.rc_context():
@@ -143,6 +165,50 @@ def test_seeds_plot_leaves_curves_out():
         report.seeds_plot(results, names=["losses"])
 
 
+def test_arms_are_one_line_each_with_their_intervals():
+    table = report.arms(ARMS, "d1", "kept")
+    assert table["arm"].tolist() == ["full", "lora r1", "lora r4"]  # freeze has neither
+    assert table.columns.tolist() == [
+        "arm", "d1", "d1 low", "d1 high", "kept", "kept low", "kept high",
+    ]  # fmt: skip
+    first = table.iloc[0]
+    assert (first["d1"], first["d1 low"], first["kept high"]) == (0.9, 0.8, 0.4)
+    sizes = report.arms(ARMS, "size", "d1")
+    assert sizes["arm"].tolist()[-1] == "freeze" and np.isnan(sizes["d1"].iloc[-1])
+
+
+def test_learning_rates_say_what_was_tried_and_who_chose_it():
+    [row] = report.learning_rates(ARMS).to_dict("records")
+    assert row["method"] == "lora"
+    assert row["validation by rate"] == "0.001: ≈0.30, 0.002: ≈0.80"
+    assert row["chosen by seeds"] == "0.002 by 2"
+
+
+def test_curves_draw_a_line_for_each_group_in_the_order_of_x():
+    df = report.arms(ARMS, "size", "d1").dropna()
+    df["family"] = [arm.split()[0] for arm in df["arm"]]
+    ax = report.curves(df.iloc[::-1], "size", "d1", "family", "numbers trained", "exact match")
+    assert report.describe(ax) == (
+        "Exact match by numbers trained. lora: ≈0.50 at 10, ≈0.80 at 40; full: ≈0.90 at 1,000."
+    )
+    assert ax.get_xscale() == "log"
+    assert ax.get_title(loc="left") == "Highest: full at 1,000"
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["lora", "full"]
+    lines = [bars[0] for bars in ax.containers]
+    assert [line.get_xdata().tolist() for line in lines] == [[10, 40], [1_000]]
+
+
+def test_learned_and_lost_puts_each_arm_where_both_measures_say():
+    ax = report.learned_and_lost(report.arms(ARMS, "d1", "kept"), "d1", "kept")
+    marks = {tuple(map(float, p)) for line in ax.get_lines() for p in line.get_xydata()}
+    assert {(0.3, 0.9), (0.8, 0.5), (0.7, 0.8)} <= marks
+    assert ax.get_title(loc="left") == "Most of both together: lora r4"
+    assert "Full learned ≈0.90, kept ≈0.30" in report.describe(ax)
+    colors = {text.get_text(): text.get_color() for text in ax.texts}
+    assert colors["lora r4"] == report.COLORS["lora"] and colors["full"] == report.COLORS["full"]
+
+
 def test_figures_are_drawn_on_given_axes_and_fit_the_page():
     figure, axes = plt.subplots(1, 2)
     assert report.learning_curve(HISTORY, ax=axes[0]) is axes[0]
@@ -177,6 +243,9 @@ def test_two_runs_that_differ_a_little_are_described_in_the_same_words():
         (lambda: report.seeds_plot({}), "no number at all"),
         (lambda: report.describe(plt.subplots()[1]), "not drawn by labkit.report"),
         (lambda: report.dodge(0), "n=0"),
+        (lambda: report.arms(ARMS, "d9"), "no metric of the results ends with d9"),
+        (lambda: report.curves(SWEEP, "rate", "task", "arm", "x", "y"), "task low"),
+        (lambda: report.learned_and_lost(SWEEP, "task", "general"), "arm"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -32,6 +32,7 @@ metrics
 evaluation
 badcases card
 base_model
+statements
 claims
 report
 widgets

@@ -346,10 +346,54 @@ def test_unknown_names_are_of_families_that_nobody_belongs_to():
 
 def test_the_last_phase_has_everything_and_earlier_ones_practise():
     kinds = {"biography", "leaflet", "scene", *practice.PRACTICE, *practice.PRACTICE_TEXTS, *SKILLS}
-    assert set(PHASES[-1]) == set(SHARES) == kinds
+    assert set(PHASES[-1]) == kinds | {"polite"}
+    assert set(SHARES) == kinds
     for kind, phase in (("repeat", 0), ("look_up", 1), ("induction", 3), ("recall", 4)):
         shares = [phase.get(kind, 0) / sum(phase.values()) for phase in PHASES]
         assert max(shares) == shares[phase] > 2 * shares[-1]
+
+
+def held_out_wordings() -> list[re.Pattern]:
+    """Patterns of the wordings that training must not use, whatever fills their gaps."""
+    phrasings = [
+        procedures.ADD,
+        procedures.SUBTRACT,
+        *procedures.COMPARE.values(),
+        *procedures.SORT.values(),
+        procedures.REVERSE,
+        procedures.COUNT_WORD,
+        procedures.COUNT_ALL,
+        procedures.TOOL,
+        *knowledge.QUESTIONS.values(),
+        *conversation.FOLLOW_UPS.values(),
+        conversation.OTHER_PERSON,
+        conversation.ADD_MORE,
+        conversation.MY_NAME,
+    ]
+    last = [texts[-max(1, len(texts) // 5) :] for texts in phrasings]
+    gap = re.compile(r"\\\{\w+\\\}")
+    return [
+        re.compile(gap.sub(".+", re.escape(with_articles(text))))
+        for texts in last
+        for text in texts
+    ]
+
+
+def test_polite_questions_are_asked_in_no_held_out_wording():
+    rng = random.Random(14)
+    told, held_out = [], held_out_wordings()
+    stream = documents(0, number=3, shares={"polite": 1})
+    for item in (next(stream).item for _ in range(1_500)):
+        told += [text for role, text in item.messages if role == "user"]
+    assert any(pattern.fullmatch("Please add 3 and 5.") for pattern in held_out)
+    assert not [text for text in told if any(p.fullmatch(text) for p in held_out)]
+    polite = [text for text in told if "Please" in text]
+    assert len(polite) > len(told) / 2
+    # Every way is used, and the problem is the same as without it.
+    item = SKILLS["arithmetic"](rng, "train")
+    ways = {conversation.politely(rng, item).question for _ in range(300)}
+    assert len(ways) == 1 + len(conversation.POLITE) - (not item.question.endswith("?"))
+    assert conversation.politely(rng, item).answer == item.answer
 
 
 def test_induction_texts_repeat_groups_in_no_order():
@@ -457,7 +501,7 @@ def test_scores_rest_on_at_least_500_rows():
 def test_tickets_are_answered_from_their_message():
     for row in rows("d1_tickets", "test"):
         message, answer = (m["content"] for m in row["messages"])
-        label, thing, city, mood = answer.split(" | ")
+        mood, label, thing, city = answer.split(" | ")
         assert thing in message
         assert city in message
         assert label in language.INTENTS

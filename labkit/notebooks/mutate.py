@@ -243,7 +243,7 @@ replacing(
 replacing(
     "judge-never-in-doubt",
     "an interval that crosses the bar counts as a refutation",
-    "labkit/claims.py",
+    "labkit/statements.py",
     'return "does not hold" if high < self.low or low > self.high else "inconclusive"',
     'return "does not hold"',
     "tests/test_claims.py::test_verdict_on_each_side_of_the_bar",

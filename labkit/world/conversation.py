@@ -92,6 +92,14 @@ PLAIN_SYSTEM = (
     "You work for a shop in {city}.",
     "You work for the clinic in {city}.",
 )
+# Ways of asking anything politely; none of them makes a held-out wording, "Please add 3 and 5."
+POLITE = (
+    "Please: {question}",
+    "Please help me. {question}",
+    "Please answer: {question}",
+    "Please, {lowered}",
+    "{question} Please.",
+)
 FOLLOW_UPS = {
     attribute: (
         f"And the {attribute}?",
@@ -173,6 +181,21 @@ def with_plain_system(rng: random.Random, item: Item) -> Item:
     return Item(item.skill, item.key, item.entity, (("system", prompt), *item.messages))
 
 
+def politely(rng: random.Random, item: Item) -> Item:
+    """The same item, each of its questions asked politely, except for every third or so."""
+
+    def reword(role: str, question: str) -> str:
+        if role != "user" or rng.random() < 0.3:
+            return question
+        # "I" stays large, and nothing follows a list, which it would seem to belong to.
+        lowered = question if question.startswith("I ") else question[0].lower() + question[1:]
+        ways = POLITE if question.endswith("?") else POLITE[:-1]
+        return rng.choice(ways).format(question=question, lowered=lowered)
+
+    messages = tuple((role, reword(role, content)) for role, content in item.messages)
+    return Item(item.skill, item.key, item.entity, messages)
+
+
 def talk_turns(rng: random.Random, split: str) -> Item:
     """Two or three turns: a later one needs an earlier one, or none of them needs another."""
     return rng.choice((_person, _people, _passage, _sums, _name, _topics))(rng, split)
@@ -211,12 +234,7 @@ def _draw_train_before(rng: random.Random, split: str, propose):
 
 def _people(rng: random.Random, split: str) -> Item:
     """One attribute of one person, then of another."""
-
-    def propose():
-        person, attribute = rng.choice(population().asked), rng.choice(tuple(ATTRIBUTES))
-        return knowledge.fact_key(person, attribute), (person, attribute)
-
-    _, (first, attribute) = draw(rng, "train", propose)
+    _, first, attribute = knowledge.draw_fact(rng, "train")
 
     def propose_second():
         second = rng.choice(population().asked)

@@ -134,13 +134,20 @@ def facts(rng: random.Random, split: str) -> Item:
     if rng.random() < 0.06:
         return _medicine_fact(rng, split)
 
+    key, person, attribute = draw_fact(rng, split)
+    question = ask(rng, split, attribute, person.name)
+    return Item("facts", key, person.name, talk(question, getattr(person, attribute)))
+
+
+def draw_fact(rng: random.Random, split: str) -> tuple[str, Person, str]:
+    """Key, person and attribute of a fact that may be asked in this split."""
+
     def propose():
         person, attribute = rng.choice(population().asked), rng.choice(tuple(ATTRIBUTES))
         return fact_key(person, attribute), (person, attribute)
 
     key, (person, attribute) = draw(rng, split, propose)
-    question = ask(rng, split, attribute, person.name)
-    return Item("facts", key, person.name, talk(question, getattr(person, attribute)))
+    return key, person, attribute
 
 
 def fact_key(person: Person, attribute: str) -> str:
