@@ -359,10 +359,11 @@ to go on as a text went on before (induction) and to recall which value was told
 Plain texts in which dozens of tokens can be foreseen only so brought them, induction from step
 {induction} and recall from step {recall}; the rest, from step {everything}, is mostly what is
 scored, and from step {lagging} the skills that lagged get more room. From step {polite} a fifth of
-all documents ask any skill politely ("Please, what is 3 + 5?"): every held-out wording of some
-skills begins with "Please", which had begun nothing but messages to classify, so half of the wrong
-answers named an intent. The held-out wordings themselves ("Please add 3 and 5.") stay unseen. Names
-of nobody have last names of their own. In an earlier world they shared them with people; then
+all documents is of a kind that asks seven in ten of its questions politely: every held-out wording
+of some skills begins with "Please", which had begun messages to classify and little else, and was
+answered by the name of an intent. Held-out wordings ("Please add 3 and 5.") stay unseen, though
+twelve of them now differ from a trained one by a comma ("Please, add 3 and 5."). Names of nobody
+have last names of their own. In an earlier world they shared them with people; then
 "unknown" was learned as "nobody I was asked about", and people known from biographies only were
 denied.
 

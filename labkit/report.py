@@ -347,7 +347,7 @@ def arms(results: dict, *measures: str) -> "pd.DataFrame":
     rows: dict[str, dict[str, Any]] = {}
     for name, metric in results.get("metrics", {}).items():
         arm, _, measure = name.rpartition("/")
-        if measure in measures and metric["mean"] is not None:
+        if arm and measure in measures and metric["mean"] is not None:
             low, high = metric["interval"]
             row = rows.setdefault(arm, {"arm": arm})
             row |= {measure: metric["mean"], f"{measure} low": low, f"{measure} high": high}
@@ -361,8 +361,8 @@ def learning_rates(results: dict) -> "pd.DataFrame":
     """The rates that each method of a results file tried, as a table, one line a method.
 
     Returns:
-        columns method, tried (each rate with its mean score on validation rows over the seeds),
-        and chosen, how many seeds chose which.
+        columns method, `validation by rate` (each rate with its mean score over the seeds that
+        tried it), and `chosen by seeds`, how many seeds chose which.
     """
     from collections import Counter
     from statistics import fmean
@@ -371,8 +371,11 @@ def learning_rates(results: dict) -> "pd.DataFrame":
 
     rows = []
     for method, kept in results["learning_rates"].items():
-        scores = {rate: fmean(values) for rate, values in kept["tried"].items()}
-        tried = ", ".join(f"{float(rate):g}: {approx(score)}" for rate, score in scores.items())
+        scores = {
+            float(rate): [score for score in values if score is not None]
+            for rate, values in kept["tried"].items()
+        }
+        tried = ", ".join(f"{r:g}: {approx(fmean(s)) if s else 'none'}" for r, s in scores.items())
         votes = Counter(kept["chosen_per_seed"])
         chosen = ", ".join(f"{rate:g} by {n}" for rate, n in sorted(votes.items()))
         rows.append({"method": method, "validation by rate": tried, "chosen by seeds": chosen})
@@ -387,19 +390,18 @@ def curves(
     Args:
         df: columns x, y, `Y low`, `Y high` and by, as `arms` makes them.
         x, y: columns of numbers; x above 0.
-        by: the column that names a point's group; at most seven groups.
+        by: the column that names a point's group. A group named after a method has its colour.
 
     Raises:
-        ValueError: a column is missing, or no row has both numbers.
+        ValueError: a column is missing, no row has both numbers, or there are too many groups.
     """
     _need(df, x, y, f"{y} low", f"{y} high", by)
     df = df.dropna(subset=[x, y])
     if df.empty:
         raise ValueError(f"no row has both {x} and {y}")
     ax, parts = _axes(ax), []
-    methods = ("full", "lora", "p-tuning", "prompt", "qlora", "prefix", "base")
-    for (name, group), method in zip(df.groupby(by, sort=False), methods, strict=False):
-        group = group.sort_values(x)
+    groups = {str(name): group.sort_values(x) for name, group in df.groupby(by, sort=False)}
+    for (name, group), method in zip(groups.items(), _colored(list(groups)), strict=True):
         xs, ys = group[x].tolist(), group[y].tolist()
         around = [group[y] - group[f"{y} low"], group[f"{y} high"] - group[y]]
         ax.errorbar(
@@ -449,6 +451,17 @@ def learned_and_lost(
 def _method_of(arm: str) -> str:
     """The method whose colour an arm has: the first word of its name that is one."""
     return next((word for word in arm.lower().split() if word in COLORS), "base")
+
+
+def _colored(names: list[str]) -> list[str]:
+    """A method for each name, whose colour it takes: its own, or one that no other name has."""
+    own = {name: _method_of(name) for name in names if _method_of(name) != "base" or "base" in name}
+    free = [method for method in COLORS if method not in own.values()]
+    others = [name for name in names if name not in own]
+    if len(others) > len(free):
+        raise ValueError(f"{len(names)} groups: there are colours for {len(COLORS)}")
+    taken = own | dict(zip(others, free, strict=False))
+    return [taken[name] for name in names]
 
 
 def seeds_plot(

@@ -280,6 +280,7 @@ def test_evaluating_a_4_bit_model_leaves_its_weights_as_they_were(folders):
     with torch.no_grad():
         model(input_ids=ids)  # on some CPUs bitsandbytes would pack the weights anew here
     assert torch.equal(weight(), before)
+    assert not getattr(layer, "support_avx512bf16_for_cpu", False)  # so on every other CPU, too
 
 
 def test_a_quantized_folder_loads_as_it_is_and_is_not_quantized_again(folders, tmp_path):
@@ -419,9 +420,11 @@ def test_precision_is_bf16_only_where_this_cpu_is_faster_in_it(monkeypatch):
     for speedup, wanted in ((2.5, "bf16"), (0.6, "fp32")):
         monkeypatch.setattr(models.machine, "bf16_speedup", lambda speedup=speedup: speedup)
         assert models.pick_precision() == wanted
-    monkeypatch.setenv("LABKIT_PROFILE", "gpu-small")  # a GPU's precision is the profile's
-    monkeypatch.setattr(models, "pick_device", lambda: "cuda")
-    assert models.pick_precision() == models.PROFILES["gpu-small"].precision
+    monkeypatch.setenv("LABKIT_PROFILE", "gpu-small")
+    monkeypatch.setattr(models, "pick_device", lambda: "cpu")  # no GPU in it: still this CPU
+    assert models.pick_precision() == "fp32"
+    monkeypatch.setattr(models, "pick_device", lambda: "cuda")  # a GPU's is the profile's
+    assert models.pick_precision() == models.PROFILES["gpu-small"].precision == "bf16"
 
 
 @pytest.mark.skipif(not paths.base_model_dir().is_dir(), reason="the bundled model is not made yet")

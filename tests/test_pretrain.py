@@ -31,6 +31,7 @@ from labkit.pretrain import (
     pack,
 )
 from labkit.weights import fingerprint
+from labkit.world import conversation
 from labkit.world.corpus import PHASES, corpus_sha256, documents
 from labkit.world.skills import SKILLS
 
@@ -168,6 +169,12 @@ def test_pretrain_goes_through_its_phases(finished, monkeypatch):
 def test_pretrain_refuses_rows_that_no_document_fits(finished):
     with pytest.raises(LabkitError, match="no document fits 4 tokens"):
         batch_at(0, replace(TINY, window=4), finished.encoder)
+
+
+def test_the_corpus_hash_covers_every_way_of_asking(monkeypatch):
+    before = corpus_sha256(0, 300)
+    monkeypatch.setattr(conversation, "POLITE", ("{question} Thanks.",))
+    assert corpus_sha256(0, 300) != before
 
 
 def test_pretrain_refuses_to_mix_two_corpora(finished, tmp_path, monkeypatch):
@@ -399,8 +406,19 @@ def test_pretrain_ships_a_folder_that_loads_and_scores_as_its_card_says(finished
     assert "{" not in page.split("## Scores")[1]  # every gap of the template is filled
     # Eight phases of 27,000 steps, in 24.
     words = " ".join(page.split())
-    assert "induction from step 6 and recall from step 6;" in words
     assert "0 at step 0, 0.002 at step 4, 0.002 at step 15, 0 at step 24." in words
+
+
+def test_the_card_names_the_first_step_of_each_phase(finished, monkeypatch):
+    monkeypatch.setattr(card, "CORPUS_SAMPLE", 50)
+    made = card.provenance(finished, seconds=61.4)
+    whole = made | {"recipe": made["recipe"] | {"steps": Recipe.steps}}
+    score = evaluation.Score("sort", 1.0, 1, (1.0, 1.0), (True,), ("0",), ("0",))
+    report = evaluation.SkillReport(1.0, (1.0, 1.0), {"sort": score}, None, None)
+    words = " ".join(card.card(whole, report).split())
+    assert "induction from step 6,000 and recall from step 6,500;" in words
+    assert "the rest, from step 7,500, is" in words and "from step 10,000 the skills that" in words
+    assert "From step 21,000 a fifth of all documents" in words
 
 
 def test_pretrain_recipe_file_says_how_the_weights_came_about(finished, monkeypatch):

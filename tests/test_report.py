@@ -53,10 +53,11 @@ ARMS = {
         }.items()
         for measure, mean in measures.items()
     }
+    | {"d1": {"values": [1.0], "mean": 1.0, "interval": [1.0, 1.0]}}  # no arm's
     | {"train_seconds": {"values": [1.0], "mean": 1.0, "interval": [1.0, 1.0]}},
     "learning_rates": {
         "lora": {
-            "tried": {"0.001": [0.2, 0.4], "0.002": [0.9, 0.7]},
+            "tried": {"0.001": [0.2, 0.4], "0.002": [0.9, None], "0.004": [None]},
             "chosen": 0.002,
             "chosen_per_seed": [0.002, 0.002],
         }
@@ -180,7 +181,7 @@ def test_arms_are_one_line_each_with_their_intervals():
 def test_learning_rates_say_what_was_tried_and_who_chose_it():
     [row] = report.learning_rates(ARMS).to_dict("records")
     assert row["method"] == "lora"
-    assert row["validation by rate"] == "0.001: ≈0.30, 0.002: ≈0.80"
+    assert row["validation by rate"] == "0.001: ≈0.30, 0.002: ≈0.90, 0.004: none"
     assert row["chosen by seeds"] == "0.002 by 2"
 
 
@@ -197,6 +198,10 @@ def test_curves_draw_a_line_for_each_group_in_the_order_of_x():
     assert labels == ["lora", "full"]
     lines = [bars[0] for bars in ax.containers]
     assert [line.get_xdata().tolist() for line in lines] == [[10, 40], [1_000]]
+    assert [line.get_color() for line in lines] == [report.COLORS["lora"], report.COLORS["full"]]
+    many = pd.concat([df.assign(family=str(n)) for n in range(10)])
+    with pytest.raises(ValueError, match="10 groups: there are colours for 9"):
+        report.curves(many, "size", "d1", "family", "x", "y")
 
 
 def test_learned_and_lost_puts_each_arm_where_both_measures_say():

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 from peft import (
     LoraConfig,
     MultitaskPromptTuningConfig,
@@ -15,7 +16,7 @@ from peft import (
 from tiny import tiny_model
 from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
-from labkit import models
+from labkit import adapters, models
 from labkit.soft_prompts import PromptSize, key_width, soft_prompt_size
 
 KINDS = ("llama", "qwen3", "gpt2")
@@ -59,6 +60,69 @@ def test_soft_prompts_have_the_predicted_size(bases, kind, name):
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     kept = sum(tensor.numel() for tensor in get_peft_model_state_dict(adapted).values())
     assert (predicted.trained, predicted.kept) == (trained, kept)
+
+
+def prompted(base, name: str):
+    """A model behind a soft prompt whose every number is random, as if trained, and its ids."""
+    model, tokenizer = models.load(base, device="cpu")
+    model = get_peft_model(model, copy.deepcopy(CONFIGS[name]))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model, tokenizer("Where does Mira live?", return_tensors="pt")["input_ids"]
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # generate counts its own
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_soft_prompt_steers_answers_and_switched_off_leaves_the_base(bases, kind, name):
+    base, _ = models.load(bases[kind], device="cpu")
+    model, ids = prompted(bases[kind], name)
+    model.eval()
+    options = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 2,
+        "output_logits": True,  # a tiny model may well say the same, so compare what it weighed
+        "return_dict_in_generate": True,
+    }
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+        attached = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        with model.disable_adapter():
+            off = model(input_ids=ids).logits
+        steered = model.generate(**options, do_sample=False).logits
+        untouched = base.generate(**options, do_sample=False).logits
+    assert torch.equal(plain, off)
+    assert not torch.allclose(plain, attached[:, -ids.shape[1] :], atol=1e-2)
+    assert not any(
+        torch.allclose(*pair, atol=1e-2) for pair in zip(steered, untouched, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_prompt_gets_gradients(bases, kind, name):
+    model, ids = prompted(bases[kind], name)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    touched = {name for name, tensor in model.named_parameters() if tensor.grad is not None}
+    assert touched and all(name.startswith("prompt_encoder.") for name in touched)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_without_its_encoder_and_attached_again_it_says_the_same(bases, kind, name, tmp_path):
+    model, ids = prompted(bases[kind], name)
+    model.eval()
+    adapters.save(model, tmp_path / "adapter", bases[kind])
+    again, _ = adapters.attach(tmp_path / "adapter", bases[kind], device="cpu")
+    with torch.no_grad():
+        here, there = (
+            which(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            for which in (model, again)
+        )
+    assert torch.allclose(here, there, atol=1e-5)
 
 
 def test_soft_prompt_sizes_by_hand(bases):

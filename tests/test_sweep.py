@@ -90,6 +90,7 @@ def test_results_hold_every_seed_and_the_verdicts(tmp_path, places):
     assert [miss["seed"] for miss in results["misses"]] == [2]
     assert set(results["versions"]) >= {"python", "torch", "trl"}
     assert {"base_model_sha256", "data_sha256", "seconds"} <= results.keys()
+    assert results["precision"] in ("bf16", "fp32")
 
 
 def test_two_kernels_at_a_time_give_the_same_results_in_one_thread_each(tmp_path, places):

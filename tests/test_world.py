@@ -10,6 +10,7 @@ from itertools import islice
 
 import pytest
 
+from labkit import evaluation, models
 from labkit.paths import tasks_dir
 from labkit.world import conversation, knowledge, language, practice, procedures, words
 from labkit.world.corpus import PHASES, SHARES, documents
@@ -353,9 +354,9 @@ def test_the_last_phase_has_everything_and_earlier_ones_practise():
         assert max(shares) == shares[phase] > 2 * shares[-1]
 
 
-def held_out_wordings() -> list[re.Pattern]:
-    """Patterns of the wordings that training must not use, whatever fills their gaps."""
-    phrasings = [
+def all_phrasings() -> list[tuple[str, ...]]:
+    """Every list of wordings that `wording` chooses from."""
+    return [
         procedures.ADD,
         procedures.SUBTRACT,
         *procedures.COMPARE.values(),
@@ -365,27 +366,68 @@ def held_out_wordings() -> list[re.Pattern]:
         procedures.COUNT_ALL,
         procedures.TOOL,
         *knowledge.QUESTIONS.values(),
+        *knowledge.MEDICINE_QUESTIONS.values(),
         *conversation.FOLLOW_UPS.values(),
         conversation.OTHER_PERSON,
         conversation.ADD_MORE,
         conversation.MY_NAME,
+        language.SENTIMENT_FRAMES,
+        language.INTENT_FRAMES,
+        language.TRANSLATE_FRAMES,
+        *language.EXTRACT_FRAMES.values(),
     ]
-    last = [texts[-max(1, len(texts) // 5) :] for texts in phrasings]
-    gap = re.compile(r"\\\{\w+\\\}")
-    return [
-        re.compile(gap.sub(".+", re.escape(with_articles(text))))
-        for texts in last
-        for text in texts
-    ]
+
+
+def near_misses() -> list[str]:
+    """Held-out wordings that equal a trained one asked politely, but for commas and capitals."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"[^a-z0-9{}_ +*-]", "", text.lower())
+
+    near = []
+    for texts in all_phrasings():
+        n_held_out = max(1, len(texts) // 5)
+        trained = {plain(f"please {text}") for text in texts[:-n_held_out]}
+        near += [text for text in texts[-n_held_out:] if plain(text) in trained]
+    return near
+
+
+def pattern(wording: str) -> re.Pattern:
+    """What a wording matches, whatever fills its gaps."""
+    return re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(with_articles(wording))))
+
+
+def test_twelve_held_out_wordings_miss_a_polite_question_by_a_comma():
+    near = near_misses()
+    assert len(near) == 12 and "Please add {a} and {b}." in near
+    assert not any("Please tell me where" in text or "{record}" in text for text in near)
+
+
+def test_the_bundled_model_meets_its_bars_without_those_wordings_too():
+    model, tokenizer = models.load("bundled", device="cpu")
+    patterns = [re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(text))) for text in near_misses()]
+
+    def untouched(row) -> bool:
+        asked = [m["content"] for m in row["messages"] if m["role"] == "user"]
+        return not any(p.search(text) for p in patterns for text in asked)
+
+    every = [row for row in rows("general", "test") if row["skill"] != "bio_only"]
+    kept = [row for row in every if untouched(row)]
+    assert len(every) - len(kept) == 240
+    report = evaluation.skill_report(model, tokenizer, kept)
+    assert report.macro >= 0.97
+    assert min(score.exact_match for score in report.skills.values()) >= 0.90
 
 
 def test_polite_questions_are_asked_in_no_held_out_wording():
     rng = random.Random(14)
-    told, held_out = [], held_out_wordings()
+    lists = all_phrasings()
+    held_out = [pattern(text) for texts in lists for text in texts[-max(1, len(texts) // 5) :]]
+    told = []
     stream = documents(0, number=3, shares={"polite": 1})
     for item in (next(stream).item for _ in range(1_500)):
         told += [text for role, text in item.messages if role == "user"]
-    assert any(pattern.fullmatch("Please add 3 and 5.") for pattern in held_out)
+    assert any(p.fullmatch("Please add 3 and 5.") for p in held_out)
     assert not [text for text in told if any(p.fullmatch(text) for p in held_out)]
     polite = [text for text in told if "Please" in text]
     assert len(polite) > len(told) / 2

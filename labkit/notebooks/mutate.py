@@ -313,6 +313,14 @@ replacing(
     "tests/test_world.py::test_held_out_wordings_are_never_trained_on",
 )
 replacing(
+    "politeness-makes-a-held-out-wording",
+    "training asks politely in the very words that are kept for tests",
+    "labkit/world/conversation.py",
+    '"Please, {lowered}",',
+    '"Please {lowered}",',
+    "tests/test_world.py::test_polite_questions_are_asked_in_no_held_out_wording",
+)
+replacing(
     "biographies-only-people-are-asked-about",
     "extraction is tested on people whose answers were trained on",
     "labkit/world/knowledge.py",
@@ -356,11 +364,11 @@ NBVAL = (
 )
 FULL_FINE_TUNING = "notebooks/02_full_fine_tuning.ipynb"
 replacing(
-    "full-at-half-the-rates",
-    "every learning rate of the sweep is halved",
+    "full-at-half-the-rate",
+    "the chosen learning rate is halved where the model is trained",
     FULL_FINE_TUNING,
-    "RATES = [2e-5, 1e-4, 5e-4, 2e-2]",
-    "RATES = [1e-5, 5e-5, 2.5e-4, 1e-2]",
+    "args=dataclasses.replace(config, learning_rate=chosen_rate),",
+    "args=dataclasses.replace(config, learning_rate=chosen_rate / 2),",
     *NBVAL,
     FULL_FINE_TUNING,
 )
@@ -383,6 +391,14 @@ replacing(
     "if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:",
     "if tokenizer.pad_token is None:",
     "tests/test_models.py::test_pad_equal_to_end_is_replaced_by_an_unused_token",
+)
+replacing(
+    "4-bit-weights-packed-anew",
+    "the first evaluation of a 4-bit model repacks its weights, which training and merging misread",
+    "labkit/models.py",
+    "layer.support_avx512bf16_for_cpu = False",
+    "layer.support_avx512bf16_for_cpu = True",
+    "tests/test_models.py::test_evaluating_a_4_bit_model_leaves_its_weights_as_they_were",
 )
 replacing(
     "plan-forgets-last-accumulation",

@@ -178,6 +178,8 @@ def _stop_on_failures(path: Path, runs: list[dict[str, Any]]) -> None:
 
 def _combine(name: str, runs: list[dict[str, Any]], inputs: dict[str, str | None]) -> dict:
     """The results file of all seeds."""
+    from labkit.models import pick_precision  # loads torch, which takes a second
+
     first = runs[0]
     versions = {library: metadata.version(library) for library in LIBRARIES}
     return {
@@ -198,6 +200,7 @@ def _combine(name: str, runs: list[dict[str, Any]], inputs: dict[str, str | None
         "misses": [{"seed": run["seed"], **miss} for run in runs for miss in run["misses"]],
         **inputs,
         "versions": {"python": platform.python_version(), **versions},
+        "precision": pick_precision(),
         "seconds": round(sum(run["seconds"] for run in runs), 1),
         "seconds_per_seed": [run["seconds"] for run in runs],
         "peak_bytes": max(run["peak_bytes"] for run in runs),

@@ -182,7 +182,11 @@ def with_plain_system(rng: random.Random, item: Item) -> Item:
 
 
 def politely(rng: random.Random, item: Item) -> Item:
-    """The same item, each of its questions asked politely, except for every third or so."""
+    """The same item with seven in ten of its questions asked politely.
+
+    Like this the shipped model was trained, blemishes included: a question that begins with a name
+    is lowered too ("Please, kai Moss works..."), and a turn that asks nothing is reworded as well.
+    """
 
     def reword(role: str, question: str) -> str:
         if role != "user" or rng.random() < 0.3:
