@@ -173,7 +173,7 @@ def test_pretrain_refuses_rows_that_no_document_fits(finished):
 
 def test_the_corpus_hash_covers_every_way_of_asking(monkeypatch):
     before = corpus_sha256(0, 300)
-    monkeypatch.setattr(conversation, "POLITE", ("{question} Thanks.",))
+    monkeypatch.setattr(conversation, "POLITE", ("{question} Thanks.", "{question} Thanks!"))
     assert corpus_sha256(0, 300) != before
 
 
@@ -388,7 +388,6 @@ def test_pretrain_ships_a_folder_that_loads_and_scores_as_its_card_says(finished
     assert not [key for key in config if "attn_implementation" in key]
 
     model, tokenizer = models.load("bundled", device="cpu")
-    assert model.config._attn_implementation == "sdpa"
     rounded = finished.model.state_dict()["model.norm.weight"].bfloat16().float()
     assert torch.equal(model.state_dict()["model.norm.weight"], rounded)
     rows = [
