@@ -434,10 +434,11 @@ def learned_and_lost(
         raise ValueError(f"no arm has both {learned} and {kept}")
     ax, parts = _axes(ax), []
     for row in df.to_dict("records"):
-        color = COLORS[_method_of(row["arm"])]
+        method = _method_of(row["arm"]) or "base"
+        color = COLORS[method]
         ax.plot([row[f"{kept} low"], row[f"{kept} high"]], [row[learned]] * 2, color=color, lw=1)
         ax.plot([row[kept]] * 2, [row[f"{learned} low"], row[f"{learned} high"]], color=color, lw=1)
-        ax.plot(row[kept], row[learned], MARKERS[_method_of(row["arm"])], color=color, markersize=8)
+        ax.plot(row[kept], row[learned], MARKERS[method], color=color, markersize=8)
         ax.annotate(
             row["arm"], (row[kept], row[learned]), (7, 5), textcoords="offset points", color=color
         )
@@ -448,14 +449,14 @@ def learned_and_lost(
     return _summarise(ax, "; ".join(parts))
 
 
-def _method_of(arm: str) -> str:
+def _method_of(arm: str) -> str | None:
     """The method whose colour an arm has: the first word of its name that is one."""
-    return next((word for word in arm.lower().split() if word in COLORS), "base")
+    return next((word for word in arm.lower().split() if word in COLORS), None)
 
 
 def _colored(names: list[str]) -> list[str]:
     """A method for each name, whose colour it takes: its own, or one that no other name has."""
-    own = {name: _method_of(name) for name in names if _method_of(name) != "base" or "base" in name}
+    own = {name: method for name in names if (method := _method_of(name))}
     free = [method for method in COLORS if method not in own.values()]
     others = [name for name in names if name not in own]
     if len(others) > len(free):

@@ -378,6 +378,11 @@ def all_phrasings() -> list[tuple[str, ...]]:
     ]
 
 
+def held_out(phrasings: tuple[str, ...]) -> tuple[str, ...]:
+    """The last fifth, one at least, as `wording` keeps it out of training."""
+    return phrasings[-max(1, len(phrasings) // 5) :]
+
+
 def near_misses() -> list[str]:
     """Held-out wordings that equal a trained one asked politely, but for commas and capitals."""
 
@@ -386,9 +391,9 @@ def near_misses() -> list[str]:
 
     near = []
     for texts in all_phrasings():
-        n_held_out = max(1, len(texts) // 5)
-        trained = {plain(f"please {text}") for text in texts[:-n_held_out]}
-        near += [text for text in texts[-n_held_out:] if plain(text) in trained]
+        kept = held_out(texts)
+        trained = {plain(f"please {text}") for text in texts[: -len(kept)]}
+        near += [text for text in kept if plain(text) in trained]
     return near
 
 
@@ -405,7 +410,7 @@ def test_twelve_held_out_wordings_miss_a_polite_question_by_a_comma():
 
 def test_the_bundled_model_meets_its_bars_without_those_wordings_too():
     model, tokenizer = models.load("bundled", device="cpu")
-    patterns = [re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(text))) for text in near_misses()]
+    patterns = [pattern(text) for text in near_misses()]
 
     def untouched(row) -> bool:
         asked = [m["content"] for m in row["messages"] if m["role"] == "user"]
@@ -421,14 +426,13 @@ def test_the_bundled_model_meets_its_bars_without_those_wordings_too():
 
 def test_polite_questions_are_asked_in_no_held_out_wording():
     rng = random.Random(14)
-    lists = all_phrasings()
-    held_out = [pattern(text) for texts in lists for text in texts[-max(1, len(texts) // 5) :]]
+    patterns = [pattern(text) for texts in all_phrasings() for text in held_out(texts)]
     told = []
     stream = documents(0, number=3, shares={"polite": 1})
     for item in (next(stream).item for _ in range(1_500)):
         told += [text for role, text in item.messages if role == "user"]
-    assert any(p.fullmatch("Please add 3 and 5.") for p in held_out)
-    assert not [text for text in told if any(p.fullmatch(text) for p in held_out)]
+    assert any(p.fullmatch("Please add 3 and 5.") for p in patterns)
+    assert not [text for text in told if any(p.fullmatch(text) for p in patterns)]
     polite = [text for text in told if "Please" in text]
     assert len(polite) > len(told) / 2
     # Every way is used, and the problem is the same as without it.
