@@ -128,7 +128,7 @@ def test_a_damaged_seed_is_run_again(tmp_path, places, fake_run, damage):
     assert fake_run[1] == [0, 1, 0]
 
 
-def test_changed_code_or_data_or_model_makes_seeds_stale_but_prose_does_not(
+def test_changed_code_or_data_or_model_makes_seeds_stale_but_prose_and_exercises_do_not(
     tmp_path, places, fake_run, monkeypatch
 ):
     data = tmp_path / "data"
@@ -144,9 +144,12 @@ def test_changed_code_or_data_or_model_makes_seeds_stale_but_prose_does_not(
         sweep(path, [0, 1], **places)
         return len(ran) - before
 
-    nb = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_markdown_cell("words"), nbformat.v4.new_code_cell("x = 1")]
-    )
+    cells = [nbformat.v4.new_markdown_cell("words"), nbformat.v4.new_code_cell("x = 1")]
+    cells += [
+        nbformat.v4.new_code_cell("steps = ...", metadata={"tags": ["exercise"]}),
+        nbformat.v4.new_code_cell("steps = 5", metadata={"tags": ["solution"]}),
+    ]
+    nb = nbformat.v4.new_notebook(cells=cells)
     assert seeds_run_after(lambda: None) == 2
     assert seeds_run_after(lambda: path.write_bytes(dumps(nb))) == 0
     assert seeds_run_after(lambda: write(path, "x = 2")) == 2

@@ -521,7 +521,7 @@ replacing(
     "labkit/notebooks/sweep.py",
     'if kept["inputs"] == inputs and wanted <= kept.keys():',
     'if kept["inputs"] and wanted <= kept.keys():',
-    "tests/test_sweep.py::test_changed_code_or_data_or_model_makes_seeds_stale_but_prose_does_not",
+    "tests/test_sweep.py::test_changed_code_or_data_or_model_makes_seeds_stale_but_prose_and_exercises_do_not",
 )
 
 

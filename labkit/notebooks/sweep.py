@@ -3,7 +3,7 @@
     python -m labkit.notebooks.sweep notebooks/02_full_fine_tuning.ipynb --seeds 0-4
 
 Every finished seed is kept in `.labkit/sweeps/NAME/`, so a sweep that was killed continues where it
-stopped. A kept seed counts only for the same code cells, base model and data.
+stopped. A kept seed counts only for the same code cells (exercises apart), base model and data.
 """
 
 import argparse
@@ -120,8 +120,16 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def _inputs(path: Path) -> dict[str, str | None]:
-    """Hashes of what a seed's result depends on; None for a file that is not there."""
-    code = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+    """Hashes of what a seed's result depends on; None for a file that is not there.
+
+    Exercises and their solutions measure nothing, so they may be mended without a new sweep.
+    """
+    aside = {"exercise", "solution"}
+    code = [
+        cell.source
+        for cell in read(path).cells
+        if cell.cell_type == "code" and not aside & set(cell.metadata.get("tags", []))
+    ]
     return {
         "notebook_sha256": sha256(json.dumps(code).encode("utf-8")),
         "base_model_sha256": _hash_of(paths.base_model_dir() / "model.safetensors"),
