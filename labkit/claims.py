@@ -259,6 +259,34 @@ def ledger() -> list[dict]:
     ]
 
 
+def ledger_page(entries: Sequence[dict]) -> str:
+    """The ledger as a Markdown page, one table a notebook; `docs/claims.md` is this page."""
+    lines = [
+        "# Every claim of the course, judged",
+        "",
+        "Each statement is decided by code over the seeds of its notebook: by the mean and its 95 % "
+        "interval, 90 % where the bar has two ends. *Does not hold* means that the interval lies "
+        "outside the bar, *inconclusive* that it crosses it. Popular beliefs stand here beside our "
+        "own. This page is printed by `labkit claims --markdown`; the seeds are made by "
+        "`labkit sweep`.",
+    ]
+    for notebook in dict.fromkeys(entry["notebook"] for entry in entries):
+        lines += [
+            "",
+            f"## {notebook}",
+            "",
+            "| statement | verdict | mean | interval | bar | who says so |",
+        ]
+        lines += ["|---|---|---|---|---|---|"]
+        for entry in entries:
+            if entry["notebook"] == notebook:
+                interval = " to ".join(f"{end:.3g}" for end in entry["interval"] or [])
+                cells = [entry["statement"], entry["verdict"], f"{entry['value']:.3g}", interval]
+                cells += [entry["rule"], _claim(entry["id"]).source]
+                lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 # ---- helpers -----------------------------------------------------------------------------------
 
 

@@ -199,7 +199,9 @@ def _merge(commands: Any) -> None:
 
 def _claims(commands: Any) -> None:
     summary = "print every claim of the course and its verdict over several seeds"
-    _json_option(_command(commands, "claims", claims, summary, "labkit claims"))
+    parser = _command(commands, "claims", claims, summary, "labkit claims")
+    parser.add_argument("--markdown", action="store_true", help="print docs/claims.md")
+    _json_option(parser)
 
 
 def _bench(commands: Any) -> None:
@@ -383,7 +385,7 @@ def merge(options: argparse.Namespace) -> int:
 
 def claims(options: argparse.Namespace) -> int:
     """Print every statement of the course that was judged over several seeds, and its verdict."""
-    from labkit.claims import ledger
+    from labkit.claims import ledger, ledger_page
 
     entries = ledger()
     if options.json:
@@ -393,6 +395,9 @@ def claims(options: argparse.Namespace) -> int:
         raise LabkitError(
             f"{paths.results_dir()} holds no results: make them with `labkit sweep NOTEBOOK`"
         )
+    if options.markdown:
+        print(ledger_page(entries), end="")
+        return 0
     _table(
         ["notebook", "claim", "verdict", "value", "interval", "bar"],
         [

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from labkit import claims
+from labkit import claims, paths
 from labkit.claims import (
     approx,
     expect,
@@ -318,6 +318,11 @@ def test_committed_results_are_judged_by_todays_claims():
     for kept in claims.ledger():
         claim = CLAIMS[kept["id"]]
         assert (kept["statement"], kept["rule"]) == (claim.statement, claim.rule.words)
+
+
+def test_the_page_of_claims_is_what_the_results_say():
+    page = (paths.root() / "docs" / "claims.md").read_text(encoding="utf-8")
+    assert page == claims.ledger_page(claims.ledger()), "labkit claims --markdown > docs/claims.md"
 
 
 def test_first_sweep_reads_its_own_rates_as_results(monkeypatch, tmp_path):

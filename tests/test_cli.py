@@ -201,6 +201,10 @@ def test_cli_claims_prints_the_ledger(tmp_path, monkeypatch, capsys):
     assert cli.main(["claims"]) == 0
     line = capsys.readouterr().out.splitlines()[1]
     assert line.split() == "02_x full-forgets holds 0.25 0.2 to 0.3 at least 0.05".split()
+    assert cli.main(["claims", "--markdown"]) == 0
+    page = capsys.readouterr().out
+    assert "## 02_x\n" in page
+    assert "| It forgets. | holds | 0.25 | 0.2 to 0.3 | at least 0.05 | McCloskey" in page
 
 
 def test_cli_evaluate_scores_a_folder(tmp_path, monkeypatch, capsys):

@@ -19,14 +19,15 @@ ROWS = [
 
 
 class Toy(nn.Module):
-    """An embedding of 10 tokens, 4 wide, and a loss that keeps one known tensor: its square."""
+    """An embedding of 10 tokens, 4 wide, scaled and squared: every saved tensor is known."""
 
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(10, 4)
+        self.scale = nn.Parameter(torch.ones(4))
 
     def forward(self, input_ids, attention_mask, labels):
-        return SimpleNamespace(loss=self.embedding(input_ids).square().sum())
+        return SimpleNamespace(loss=(self.embedding(input_ids) * self.scale).square().sum())
 
 
 class ToyTokenizer:
@@ -41,11 +42,12 @@ class ToyTokenizer:
 
 def test_step_bytes_by_hand():
     step = step_bytes(Toy(), ToyTokenizer(), ROWS)
-    # 10 x 4 numbers of 4 bytes. Kept: the 2 x 3 ids of 8 bytes for the embedding, and its output,
-    # 2 x 3 x 4 numbers of 4 bytes, for the square.
-    assert (step.weights, step.gradients, step.optimizer) == (160, 160, 320)
-    assert step.activations == 2 * 3 * 8 + 2 * 3 * 4 * 4
-    assert step.peak == 160 + 320 + max(step.activations, 160)
+    # 10 x 4 numbers and 4 more, of 4 bytes.
+    assert (step.weights, step.gradients, step.optimizer) == (176, 176, 352)
+    # Kept: 2 x 3 ids of 8 bytes for the embedding, its output of 2 x 3 x 4 numbers for the product
+    # (the scale is a weight), and the product for the square.
+    assert step.activations == 2 * 3 * 8 + 2 * (2 * 3 * 4 * 4)
+    assert step.peak == 176 + 352 + max(step.activations, 176)
 
 
 @pytest.fixture(scope="module")

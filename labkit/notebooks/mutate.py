@@ -516,6 +516,40 @@ replacing(
     "tests/test_adapters.py::test_lora_parameters_by_hand",
 )
 replacing(
+    "nf4-ends-at-another-quantile",
+    "the levels by hand are no longer those of the paper and of bitsandbytes",
+    "labkit/quantization.py",
+    "_OUTERMOST_QUANTILE = 0.9677083",
+    "_OUTERMOST_QUANTILE = 0.98",
+    "tests/test_quantization.py::test_nf4_levels_are_those_of_the_paper",
+    quick=True,
+)
+replacing(
+    "double-quantization-counts-nothing",
+    "the constants of the constants cost no bits",
+    "labkit/quantization.py",
+    "return 4 + 8 / block + 32 / (block * CONSTANTS_BLOCK)",
+    "return 4 + 8 / block",
+    "tests/test_quantization.py::test_bits_per_parameter_are_the_papers",
+    quick=True,
+)
+replacing(
+    "prefix-is-counted-without-values",
+    "a prefix is counted as keys alone",
+    "labkit/soft_prompts.py",
+    "kept = n * 2 * layers * width",
+    "kept = n * layers * width",
+    "tests/test_soft_prompts.py::test_soft_prompt_sizes_by_hand",
+)
+replacing(
+    "weights-count-as-activations",
+    "a step's bytes count the weights that its backward pass reads a second time",
+    "labkit/memory/measure.py",
+    "if storage.data_ptr() not in own:",
+    "if storage.nbytes():",
+    "tests/test_memory.py::test_step_bytes_by_hand",
+)
+replacing(
     "sweep-trusts-stale-seeds",
     "results of older code, data or weights are mixed with new ones",
     "labkit/notebooks/sweep.py",
