@@ -264,10 +264,10 @@ def ledger_page(entries: Sequence[dict]) -> str:
     lines = [
         "# Every claim of the course, judged",
         "",
-        "Each statement is decided by code over the seeds of its notebook: by the mean and its 95 % "
-        "interval, 90 % where the bar has two ends. *Does not hold* means that the interval lies "
-        "outside the bar, *inconclusive* that it crosses it. Popular beliefs stand here beside our "
-        "own. This page is printed by `labkit claims --markdown`; the seeds are made by "
+        "Each statement is decided by code over the seeds of its notebook: by the mean and its "
+        "95 % interval, 90 % where the bar has two ends. *Does not hold* means that the interval "
+        "lies outside the bar, *inconclusive* that it crosses it. Popular beliefs stand here "
+        "beside our own. This page is printed by `labkit claims --markdown`; the seeds are made by "
         "`labkit sweep`.",
     ]
     for notebook in dict.fromkeys(entry["notebook"] for entry in entries):

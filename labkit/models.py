@@ -161,7 +161,7 @@ def load(
     *,
     device: str | None = None,
     dtype: torch.dtype | None = None,
-    quantization: str | None = None,
+    quantization: str | BitsAndBytesConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in eval mode, and its tokenizer with a pad token and a template.
 
@@ -170,7 +170,8 @@ def load(
         device: `cpu`, `cuda`, `mps`; None picks the current profile's.
         dtype: of the weights; None is float32 on a CPU and the current profile's elsewhere. With
             `quantization` it is the type that is computed in.
-        quantization: None, `nf4` (with double quantization), `fp4` or `int8`, by bitsandbytes.
+        quantization: None, `nf4` (with double quantization), `fp4` or `int8`, by bitsandbytes; or
+            a `BitsAndBytesConfig`, which is used as it is.
 
     Returns:
         (model, tokenizer). A pad token other than the end token is found or added, and a missing
@@ -179,7 +180,7 @@ def load(
     Raises:
         LabkitError: files missing or damaged, no tokenizer, one that does not fit the model, or
             weights to quantize that are quantized already.
-        ValueError: an unknown `quantization`.
+        ValueError: an unknown `quantization`, or a configuration that rounds nothing.
     """
     name = str(model or current_profile().model)
     device = device or pick_device()
@@ -326,10 +327,20 @@ def _cannot_load(name: str, error: Exception) -> str:
     )
 
 
-def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _quantization_config(
+    quantization: str | BitsAndBytesConfig, dtype: torch.dtype
+) -> BitsAndBytesConfig:
+    if isinstance(quantization, BitsAndBytesConfig):
+        if not (quantization.load_in_4bit or quantization.load_in_8bit):
+            raise ValueError(
+                "quantization= is a BitsAndBytesConfig that rounds nothing: set load_in_4bit=True "
+                "or load_in_8bit=True"
+            )
+        return quantization
     if quantization not in ("nf4", "fp4", "int8"):
         raise ValueError(
-            f"quantization={quantization!r} is unknown: use None, 'nf4', 'fp4' or 'int8'"
+            f"quantization={quantization!r} is unknown: use None, 'nf4', 'fp4', 'int8' or a "
+            "BitsAndBytesConfig"
         )
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

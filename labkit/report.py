@@ -15,6 +15,7 @@ from labkit.claims import approx
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from torch import Tensor
 
     from labkit.evaluation import SkillReport
 
@@ -269,6 +270,45 @@ def before_after(df: "pd.DataFrame", ax: "Axes | None" = None) -> "Axes":
     return _summarise(ax, f"exact match before and after: {', '.join(parts)}")
 
 
+def weight_levels(
+    weights: "Tensor", levels: "Tensor", ax: "Axes | None" = None, block: int = 64
+) -> "Axes":
+    """Histogram of weights, each divided by the largest of its block, with the levels marked.
+
+    Args:
+        weights: any shape, read row by row; the last block is left out where it is not full.
+        levels: where the weights will be rounded to, in [-1, 1], lowest first.
+        block: weights that share one largest value.
+
+    Raises:
+        ValueError: fewer weights than one block.
+    """
+    if weights.numel() < block:
+        raise ValueError(f"weights holds {weights.numel()} numbers, less than one block of {block}")
+    whole = weights.detach().float().flatten()[: weights.numel() // block * block]
+    blocks = whole.reshape(-1, block)
+    scaled = (blocks / blocks.abs().amax(dim=1, keepdim=True).clamp(min=1e-38)).flatten()
+    half = scaled.abs().median().item()
+    marks = levels.tolist()
+    within = sum(abs(mark) <= half for mark in marks)
+    ax = _axes(ax)
+    ax.hist(scaled.cpu().numpy(), bins=100, range=(-1, 1), color=COLORS["base"])
+    for mark in marks:
+        ax.axvline(mark, color=COLORS["qlora"], linewidth=1.2)
+    ax.set(xlabel="weight, divided by the largest of its block", ylabel="weights")
+    ax.set_title(
+        f"Half of the weights lie within {half:.2f} of 0, and {within} of {len(marks)} levels"
+    )
+    return _summarise(
+        ax,
+        f"half of the weights lie within {approx(half)} of 0, and so do {within} of the "
+        f"{len(marks)} levels; "
+        f"steps between levels are {marks[1] - marks[0]:.2f} wide at the lower end, "
+        f"{min(b - a for a, b in zip(marks, marks[1:], strict=False)):.2f} at the narrowest, and "
+        f"{marks[-1] - marks[-2]:.2f} at the upper end",
+    )
+
+
 def skills(skill_report: "SkillReport", ax: "Axes | None" = None) -> "Axes":
     """Exact match of each skill with its 95 % interval, the weakest at the bottom.
 
@@ -382,6 +422,41 @@ def learning_rates(results: dict) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
+def rate_scores(results: dict, *methods: str) -> "pd.DataFrame":
+    """Validation scores over the seeds for each rate that the methods tried, for `curves`.
+
+    Args:
+        results: from `claims.load_results`.
+        methods: the ones to show, in order; none shows all.
+
+    Returns:
+        columns method, rate, score, `score low`, `score high`: the mean with its 95 % interval
+        over seeds, which is the mean itself where only one seed tried the rate.
+
+    Raises:
+        ValueError: a method that the results do not hold.
+    """
+    from statistics import fmean
+
+    import pandas as pd
+
+    from labkit.statistics import seed_interval
+
+    kept = results["learning_rates"]
+    missing = [name for name in methods if name not in kept]
+    if missing:
+        raise ValueError(f"methods {missing} tried no rates: the results have {list(kept)}")
+    rows = []
+    for method in methods or kept:
+        for rate, values in kept[method]["tried"].items():
+            scores = [score for score in values if score is not None]
+            if scores:
+                mean = fmean(scores)
+                low, high = seed_interval(scores) if len(scores) > 1 else (mean, mean)
+                rows.append((method, float(rate), mean, low, high))
+    return pd.DataFrame(rows, columns=["method", "rate", "score", "score low", "score high"])
+
+
 def curves(
     df: "pd.DataFrame", x: str, y: str, by: str, xlabel: str, ylabel: str, ax: "Axes | None" = None
 ) -> "Axes":
@@ -415,6 +490,66 @@ def curves(
     best = df.loc[df[y].idxmax()]
     ax.set_title(f"Highest: {best[by]} at {best[x]:,g}")
     return _summarise(ax, f"{ylabel} by {xlabel}. {'; '.join(parts)}")
+
+
+def heat_map(
+    df: "pd.DataFrame",
+    x: str,
+    y: str,
+    value: str,
+    label: str,
+    ax: "Axes | None" = None,
+    *,
+    lowest: bool = False,
+) -> "Axes":
+    """One number for each pair of settings, as a shade with the number written on it.
+
+    Args:
+        df: columns x, y and value, one row a pair; x and y may be numbers or words, and keep the
+            order in which they first come. A pair without a number stays blank.
+        label: what the number is, with its unit.
+        lowest: whether the title names the lowest number, as for a loss, and not the highest.
+
+    Raises:
+        ValueError: a column is missing, no pair has a number, or a pair stands there twice.
+    """
+    _need(df, x, y, value)
+    df = df.dropna(subset=[value])
+    if df.empty:
+        raise ValueError(f"no pair of {x} and {y} has a {value}")
+    if df.duplicated([x, y]).any():
+        twice = df[df.duplicated([x, y])].iloc[0]
+        raise ValueError(
+            f"{x} {_name(twice[x])} with {y} {_name(twice[y])} stands there twice: give one row"
+        )
+    ax, parts = _axes(ax), []
+    across, down = (list(dict.fromkeys(df[name])) for name in (x, y))
+    grid = [[float("nan")] * len(across) for _ in down]
+    for a, b, number in zip(df[x], df[y], df[value], strict=True):
+        grid[down.index(b)][across.index(a)] = number
+        parts.append(f"{approx(number)} at {x} {_name(a)}, {y} {_name(b)}")
+    # From one dark to one light end, in the same order for every kind of colour vision.
+    image = ax.imshow(grid, cmap="cividis", aspect="auto")
+    middle = (min(df[value]) + max(df[value])) / 2
+    for row, numbers in enumerate(grid):
+        for column, number in enumerate(numbers):
+            if number == number:  # NaN alone differs from itself
+                ink = "white" if number <= middle else "black"
+                ax.text(column, row, f"{number:.2f}", ha="center", va="center", color=ink)
+    ax.set_xticks(range(len(across)), [_name(a) for a in across])
+    ax.set_yticks(range(len(down)), [_name(b) for b in down])
+    ax.grid(visible=False)
+    ax.set(xlabel=x, ylabel=y)
+    ax.figure.colorbar(image, ax=ax, label=label)
+    which, best = ("Lowest", df[value].min()) if lowest else ("Highest", df[value].max())
+    at = df[df[value] == best].iloc[0]
+    ax.set_title(f"{which}: {best:.2f} at {x} {_name(at[x])}, {y} {_name(at[y])}")
+    return _summarise(ax, f"{label}: {', '.join(parts)}")
+
+
+def _name(setting: Any) -> str:
+    """A setting as a label: a number without trailing zeros."""
+    return setting if isinstance(setting, str) else f"{setting:g}"
 
 
 def learned_and_lost(

@@ -1,4 +1,4 @@
-"""How many numbers a trained prompt has, by formula: prompt tuning, P-tuning, prefix tuning.
+"""What a trained prompt needs: its numbers, by formula, and a trainer that does not drop it.
 
 All three freeze the model and train vectors that no token has. They differ in where the vectors
 enter: before the first layer (prompt tuning, and P-tuning through an encoder), or as keys and
@@ -14,7 +14,7 @@ from peft import (
     PromptEncoderReparameterizationType,
     PromptTuningConfig,
 )
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 
 SoftPromptConfig = PromptTuningConfig | PromptEncoderConfig | PrefixTuningConfig
 
@@ -67,6 +67,24 @@ def soft_prompt_size(model: PreTrainedModel, config: SoftPromptConfig) -> Prompt
     if isinstance(config, PromptEncoderConfig):
         return PromptSize(n * hidden + _encoder_size(hidden, config), n * hidden)
     return PromptSize(n * hidden, n * hidden)
+
+
+def check_training(config: SoftPromptConfig, args: TrainingArguments) -> None:
+    """Raise unless a trainer with these arguments can train this soft prompt.
+
+    A prefix is handed to the model as a cache of keys and values, and a layer that recomputes its
+    activations sets its cache aside. In the training step the attention mask is then longer than
+    the text by the virtual tokens, and torch reports two sizes that do not match.
+
+    Raises:
+        ValueError: prefix tuning with activation checkpointing, which TRL turns on by default.
+    """
+    if isinstance(config, PrefixTuningConfig) and args.gradient_checkpointing:
+        raise ValueError(
+            "activation_checkpointing=True (gradient_checkpointing in older code) with prefix "
+            "tuning: a layer that is recomputed drops the prefix; SFTConfig turns it on unless you "
+            "give activation_checkpointing=False"
+        )
 
 
 def _prefix_size(shape: PretrainedConfig, config: PrefixTuningConfig, n: int) -> PromptSize:

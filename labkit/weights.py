@@ -64,19 +64,24 @@ def tensor_bytes(model: nn.Module) -> dict[str, int]:
     sizes = {
         "parameters": size(parameters),
         "buffers": size(model.buffers()),
-        "quantization": size([t for p in parameters for t in _quantization_tensors(p)]),
+        "quantization": size(_quantization_tensors(model)),
         "gradients": size([p.grad for p in parameters if p.grad is not None]),
     }
     return sizes | {"total": sum(sizes.values())}
 
 
-def _quantization_tensors(parameter: Tensor) -> list[Tensor]:
-    """Scales and code books kept beside a quantized weight, double quantization's included."""
-    found = [getattr(parameter, "SCB", None)]  # int8: one scale a row
-    state = getattr(parameter, "quant_state", None)  # 4-bit: absmax per block, and the 16 levels
-    while state is not None:
-        found += [state.absmax, state.code, getattr(state, "offset", None)]
-        state = getattr(state, "state2", None)
+def _quantization_tensors(model: nn.Module) -> list[Tensor]:
+    """Scales and code books kept beside quantized weights, double quantization's included."""
+    # int8: one scale a row, which moves from the weight to its layer in the first forward pass.
+    found = [getattr(parameter, "SCB", None) for parameter in model.parameters()]
+    found += [getattr(getattr(layer, "state", None), "SCB", None) for layer in model.modules()]
+    for parameter in model.parameters():
+        state = getattr(
+            parameter, "quant_state", None
+        )  # 4-bit: absmax per block, and the 16 levels
+        while state is not None:
+            found += [state.absmax, state.code, getattr(state, "offset", None)]
+            state = getattr(state, "state2", None)
     return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 

@@ -129,6 +129,46 @@ def test_switched_off_the_base_answers_bit_for_bit(bases, kind):
     assert not torch.allclose(plain, attached, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_adapters_share_one_base_and_leave_each_other_alone(bases, kind):
+    base, tokenizer = models.load(bases[kind], device="cpu")
+    before = adapters.base_tensors(base)
+    ids = tokenizer("Where does Mira live?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        plain = base(ids).logits
+    model, _ = trained(bases[kind], lora(kind))
+    with torch.no_grad():
+        first = model(ids).logits
+        model.add_adapter("second", lora(kind, r=2, init_lora_weights="gaussian"))
+        model.set_adapter("second")
+        untrained = model(ids).logits
+        for name, parameter in model.named_parameters():
+            if ".second." in name:
+                parameter.fill_(0.2)
+        second = model(ids).logits
+        model.set_adapter("default")
+        again = model(ids).logits
+        with model.disable_adapter():
+            off = model(ids).logits
+    assert torch.equal(untrained, plain) and torch.equal(off, plain)
+    assert torch.equal(again, first)
+    assert not torch.allclose(second, first, atol=1e-2)
+    assert adapters.changed_tensors(before, adapters.base_tensors(model)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_usual_choices_of_layers_are_names_of_the_model(bases, kind):
+    model, _ = models.load(bases[kind], device="cpu")
+    choices = adapters.target_choices(model)
+    layers = {
+        name: len(adapters.target_shapes(model, targets)) for name, targets in choices.items()
+    }
+    if kind == "gpt2":  # queries, keys and values lie in one layer: c_attn, c_proj, c_fc, c_proj
+        assert layers == {"all linear": 2 * 4}
+    else:
+        assert layers == {"q and v": 4, "attention": 8, "MLP": 6, "all linear": 14}
+
+
 # ---- whose it is -------------------------------------------------------------------------------
 
 
@@ -294,6 +334,16 @@ def test_other_adapters_merge_too(bases, tmp_path):
         bases["llama"], tmp_path / "ia3", tmp_path / "out", say=lambda line: None
     )
     assert evidence.effect > 0.01 > evidence.difference_reloaded
+
+
+@pytest.mark.parametrize("variant", [{"use_rslora": True}, {"use_dora": True}])
+def test_variants_of_lora_merge_too(bases, tmp_path, variant):
+    model, _ = trained(bases["llama"], lora("llama", **variant))
+    adapters.save(model, tmp_path / "adapter", bases["llama"])
+    evidence = adapters.merge(
+        bases["llama"], tmp_path / "adapter", tmp_path / "out", say=lambda line: None
+    )
+    assert evidence.effect > 0.01 > 100 * evidence.difference_reloaded
 
 
 def test_the_command_prints_evidence(bases, saved, tmp_path, capsys):

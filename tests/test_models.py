@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from tiny import TEMPLATE, tiny_model, tiny_tokenizer
+from transformers import BitsAndBytesConfig
 
 from labkit import chat_templates, models, paths
 from labkit.errors import LabkitError
@@ -263,13 +264,42 @@ def test_quantized_layers_count_their_real_shape(folders, quantization, bits):
     )
     saved = models.tensor_bytes(plain)["parameters"] - models.tensor_bytes(model)["parameters"]
     assert saved == linear * (32 - bits) // 8
-    assert models.tensor_bytes(model)["quantization"] > 0
+    scales = models.tensor_bytes(model)["quantization"]
+    assert scales > 0
+    model(input_ids=torch.tensor([[8, 9, 10]]))  # int8 scales move to their layers then
+    assert models.tensor_bytes(model)["quantization"] == scales
 
 
-def test_evaluating_a_4_bit_model_leaves_its_weights_as_they_were(folders):
+def test_a_bitsandbytes_configuration_is_used_as_it_is(folders):
+    single = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model, _ = models.load(folders["llama"], quantization=single)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.weight.quant_type == "nf4"
+    assert layer.compute_dtype == torch.bfloat16
+    assert not layer.weight.quant_state.nested  # its constants are fp32 ...
+    doubled, _ = models.load(folders["llama"], quantization="nf4")
+    assert doubled.model.layers[0].self_attn.q_proj.weight.quant_state.nested  # ... not these
+
+    eight, _ = models.load(folders["llama"], quantization=BitsAndBytesConfig(load_in_8bit=True))
+    assert eight.model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
+
+
+def test_a_configuration_that_rounds_nothing_is_refused(folders):
+    with pytest.raises(ValueError, match="a BitsAndBytesConfig that rounds nothing: set load_in_4"):
+        models.load(folders["llama"], quantization=BitsAndBytesConfig())
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by name", "by configuration"])
+def test_evaluating_a_4_bit_model_leaves_its_weights_as_they_were(folders, named):
     from bitsandbytes.functional import dequantize_4bit
 
-    model, tokenizer = models.load(folders["llama"], quantization="nf4")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model, tokenizer = models.load(folders["llama"], quantization="nf4" if named else nf4)
     layer = model.model.layers[0].self_attn.q_proj
 
     def weight():

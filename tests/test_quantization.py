@@ -1,11 +1,15 @@
 """4-bit quantization by hand: its levels, its constants, its cost, and bitsandbytes' kernels."""
 
+import warnings
+
 import pytest
 import torch
 from bitsandbytes import functional
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
+from tiny import tiny_model
 
-from labkit import paths, quantization
+from labkit import adapters, models, paths, quantization
 from labkit.quantization import bits_per_parameter, quantize, relative_error
 
 
@@ -137,3 +141,49 @@ def test_quantization_says_what_is_wrong():
         quantize(torch.ones(4), "nf3")
     with pytest.raises(ValueError, match="block=0"):
         quantize(torch.ones(4), block=0)
+
+
+# QLoRA: an adapter on a rounded base, on three architectures
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_a_qlora_adapter_merges_exactly_into_the_rounded_weights_written_out(kind, tmp_path):
+    base, ids = tiny_model(kind, tmp_path / "base"), torch.tensor([[7, 20, 33, 41, 55]])
+    rounded, _ = models.load(base, quantization="nf4")
+    before = adapters.base_tensors(rounded)
+    model = prepare_model_for_kbit_training(rounded, use_gradient_checkpointing=False)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).eval()
+
+    def logits(model) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    with model.disable_adapter():
+        plain = logits(model)
+    assert torch.equal(logits(model), plain)  # B is zero: nothing has changed yet
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    for _ in range(5):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    attached = logits(model)
+    effect = (attached - plain).abs().max()
+    assert effect > 0.1
+    assert not adapters.changed_tensors(before, adapters.base_tensors(model))  # codes are frozen
+
+    adapters.save(model, tmp_path / "adapter", base)
+    again, _ = adapters.attach(tmp_path / "adapter", base, quantization="nf4")
+    torch.testing.assert_close(logits(again), attached, atol=1e-5, rtol=1e-5)
+
+    written_out, _ = models.load(base, quantization="nf4")
+    attached_again = PeftModel.from_pretrained(written_out.dequantize(), str(tmp_path / "adapter"))
+    merged = logits(attached_again.eval().merge_and_unload())
+    torch.testing.assert_close(merged, attached, atol=1e-4 * attached.abs().max(), rtol=1e-4)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that rounding follows
+        rounded_again = logits(again.merge_and_unload())
+    # The sum is rounded once more, so it cannot be the same; it may even undo the training.
+    assert (rounded_again - attached).abs().max() > 100 * (merged - attached).abs().max()

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -185,6 +186,17 @@ def test_learning_rates_say_what_was_tried_and_who_chose_it():
     assert row["chosen by seeds"] == "0.002 by 2"
 
 
+def test_rate_scores_are_one_line_a_rate_that_some_seed_tried():
+    table = report.rate_scores(ARMS, "lora")
+    assert table["rate"].tolist() == [0.001, 0.002]  # 0.004 diverged for every seed
+    assert table["score"].tolist() == pytest.approx([0.3, 0.9])
+    low, high = table.loc[0, "score low"], table.loc[0, "score high"]
+    assert low == pytest.approx(0.3 - 0.1 * 12.706, abs=1e-3) and high == pytest.approx(0.6 - low)
+    assert table.loc[1, ["score low", "score high"]].tolist() == [0.9, 0.9]  # one seed: no spread
+    with pytest.raises(ValueError, match=r"methods \['full'\] tried no rates: .*'lora'"):
+        report.rate_scores(ARMS, "lora", "full")
+
+
 def test_curves_draw_a_line_for_each_group_in_the_order_of_x():
     df = report.arms(ARMS, "size", "d1").dropna()
     df["family"] = [arm.split()[0] for arm in df["arm"]]
@@ -212,6 +224,21 @@ def test_learned_and_lost_puts_each_arm_where_both_measures_say():
     assert "Full learned ≈0.90, kept ≈0.30" in report.describe(ax)
     colors = {text.get_text(): text.get_color() for text in ax.texts}
     assert colors["lora r4"] == report.COLORS["lora"] and colors["full"] == report.COLORS["full"]
+
+
+def test_weight_levels_scale_each_block_and_mark_every_level():
+    weights = torch.tensor([[0.5, -2.0, 0.0, 0.1], [8.0, 4.0, -8.0, 0.4]])
+    ax = report.weight_levels(weights, torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]), block=4)
+    heights = [bar.get_height() for bar in ax.patches]
+    assert sum(heights) == 8
+    # By hand: 0.25, -1, 0, 0.05 and 1, 0.5, -1, 0.05 of their blocks' largest.
+    assert heights[0] == 2 and heights[-1] == 1  # both blocks' -1, one 1
+    assert [line.get_xdata()[0] for line in ax.lines] == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    # Sizes 0, 0.05, 0.05, 0.25, 0.5, 1, 1, 1: the lower median is 0.25, where one level stands.
+    assert report.describe(ax).startswith(
+        "Half of the weights lie within ≈0.25 of 0, and so do 1 of the 5 levels; steps between "
+        "levels are 0.50 wide at the lower end"
+    )
 
 
 def test_figures_are_drawn_on_given_axes_and_fit_the_page():
@@ -251,6 +278,7 @@ def test_two_runs_that_differ_a_little_are_described_in_the_same_words():
         (lambda: report.arms(ARMS, "d9"), "no metric of the results ends with d9"),
         (lambda: report.curves(SWEEP, "rate", "task", "arm", "x", "y"), "task low"),
         (lambda: report.learned_and_lost(SWEEP, "task", "general"), "arm"),
+        (lambda: report.weight_levels(torch.ones(9), torch.ones(3)), "9 numbers, less than one bl"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -371,3 +399,43 @@ def test_bytes_in_units():
     assert report.gib(3 * 2**29) == "1.50 GiB"
     assert report.gib(8 * 10**9) == "7.45 GiB"
     assert report.mb(10_104_832) == "10.1 MB"
+
+
+HEAT = pd.DataFrame(
+    {
+        "rate": [0.01, 0.1, 0.01, 0.1],
+        "tokens": [5, 5, 20, 20],
+        "score": [0.25, 0.5, np.nan, 0.125],
+    }
+)
+
+
+def test_heat_map_writes_each_number_where_its_pair_stands():
+    fig, ax = plt.subplots()
+    report.heat_map(HEAT, "rate", "tokens", "score", "exact match", ax)
+    written = {text.get_position(): text.get_text() for text in ax.texts}
+    assert written == {(0, 0): "0.25", (1, 0): "0.50", (1, 1): "0.12"}
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0.01", "0.1"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["5", "20"]
+    assert ax.get_title() == "Highest: 0.50 at rate 0.1, tokens 5"
+    assert report.describe(ax) == (
+        "Exact match: ≈0.25 at rate 0.01, tokens 5, ≈0.50 at rate 0.1, tokens 5, "
+        "≈0.12 at rate 0.1, tokens 20."
+    )
+    plt.close(fig)
+
+
+def test_heat_map_of_a_loss_names_the_lowest():
+    fig, ax = plt.subplots()
+    report.heat_map(HEAT, "rate", "tokens", "score", "nats", ax, lowest=True)
+    assert ax.get_title() == "Lowest: 0.12 at rate 0.1, tokens 20"
+    plt.close(fig)
+
+
+def test_heat_map_says_what_is_wrong():
+    with pytest.raises(ValueError, match="rate 0.01 with tokens 5 stands there twice"):
+        report.heat_map(pd.concat([HEAT, HEAT[:1]]), "rate", "tokens", "score", "exact match")
+    with pytest.raises(ValueError, match="no pair of rate and tokens has a score"):
+        report.heat_map(HEAT[2:3], "rate", "tokens", "score", "exact match")
+    with pytest.raises(ValueError, match="columns \\['loss'\\] are missing"):
+        report.heat_map(HEAT, "rate", "tokens", "loss", "nats")

@@ -15,9 +15,10 @@ from peft import (
 )
 from tiny import tiny_model
 from transformers import GPT2Config, LlamaConfig, Qwen3Config
+from trl import SFTConfig
 
 from labkit import adapters, models
-from labkit.soft_prompts import PromptSize, key_width, soft_prompt_size
+from labkit.soft_prompts import PromptSize, check_training, key_width, soft_prompt_size
 
 KINDS = ("llama", "qwen3", "gpt2")
 CONFIGS = {
@@ -123,6 +124,48 @@ def test_saved_without_its_encoder_and_attached_again_it_says_the_same(bases, ki
             for which in (model, again)
         )
     assert torch.allclose(here, there, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_of_zeros_takes_attention_from_the_text(bases, kind):
+    """PEFT calls it a no-op; a key of zeros still scores 0, and e^0 is 1."""
+    base, tokenizer = models.load(bases[kind], device="cpu")
+    ids = tokenizer("Where does Mira live?", return_tensors="pt")["input_ids"]
+    zero = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, init_weights="zero")
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+        model = get_peft_model(base, zero).eval()
+        model.base_model.eval()
+        prefixed = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    assert not torch.allclose(plain, prefixed, atol=1e-3)
+
+
+def arguments(folder, checkpointing: bool) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(folder), activation_checkpointing=checkpointing, use_cpu=True, bf16=False
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prefix_with_activation_checkpointing_is_refused(tmp_path, name):
+    config = CONFIGS[name]
+    check_training(config, arguments(tmp_path, checkpointing=False))
+    if not name.startswith("prefix"):
+        check_training(config, arguments(tmp_path, checkpointing=True))
+        return
+    with pytest.raises(
+        ValueError, match=r"activation_checkpointing=True .* give activation_checkpointing=False"
+    ):
+        check_training(config, arguments(tmp_path, checkpointing=True))
+
+
+def test_a_recomputed_layer_really_drops_the_prefix(bases):
+    """The day that this trains, `check_training` refuses what works."""
+    model, ids = prompted(bases["llama"], "prefix")
+    model.get_base_model().activation_checkpointing_enable()
+    model.train()
+    with pytest.raises(RuntimeError, match="must match the size"):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
 
 
 def test_soft_prompt_sizes_by_hand(bases):

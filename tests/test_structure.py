@@ -35,6 +35,7 @@ base_model
 statements
 claims
 report
+drawings
 widgets
 exercises
 lessons

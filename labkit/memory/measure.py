@@ -1,7 +1,9 @@
-"""One real training step, counted tensor by tensor: exact, and the same on every machine.
+"""One real training step, counted tensor by tensor.
 
 A process's own memory says little about a small model on a CPU: the libraries and the allocator's
-spare room are larger than what a method saves. So the tensors themselves are counted.
+spare room are larger than what a method saves. So the tensors themselves are counted, in the
+precision and with the attention of this machine. What a custom function keeps to itself, as the
+int8 product of bitsandbytes does on a CPU, escapes the count.
 """
 
 from collections.abc import Iterator, Sequence

@@ -29,7 +29,7 @@ from labkit.errors import LabkitError
 from labkit.files import write_atomic
 from labkit.notebooks.normalise import dumps, normalise, read, settle
 
-MEMORY_SAMPLE_SECONDS = 0.05
+MEMORY_SAMPLE_SECONDS = 0.2  # a look at a kernel and its children costs 4 ms
 SWITCHES_OF_ONE_RUN = ("LABKIT_SEED", "LABKIT_RECORD", "LABKIT_SWEEP")
 
 
