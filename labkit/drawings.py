@@ -26,7 +26,8 @@ def where_prompts_enter(
     """Draw the layers of a model and what each method puts beside the text, one method an axes.
 
     Columns are positions, virtual ones first; the lowest row is the input, the rows above are
-    layers. Cells in the method's colour hold trained numbers, grey ones are computed.
+    layers. Cells in the method's colour hold trained numbers, or in P-tuning what its encoder makes
+    of trained numbers; grey ones are computed.
 
     Args:
         axes: three, in the order of `ENTRIES`.

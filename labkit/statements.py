@@ -440,21 +440,23 @@ _SOFT_PROMPTS = (
     Claim(
         "real-words-start-a-prompt-better",
         "Prompt tuning that starts from real words learns faster than from random vectors.",
-        "Lester et al. 2021, section 3.2; Li and Liang 2021, section 7.3",
-        "validation loss after a short run, random start minus text start, in nats per token",
+        "Lester et al. 2021, section 3.2; Li and Liang 2021, section 7.4",
+        "validation loss after a short run at the rate chosen for the text start, random start "
+        "minus text start, in nats per token",
         at_least(0.10),
     ),
     Claim(
         "real-words-start-a-prefix-better",
         "A prefix that starts from a real text learns faster than from random vectors.",
-        "Li and Liang 2021, section 7.3",
-        "validation loss after a short run, random start minus text start, in nats per token",
+        "Li and Liang 2021, section 7.4",
+        "validation loss after a short run at the rate chosen for the text start, random start "
+        "minus text start, in nats per token",
         at_least(0.10),
     ),
     Claim(
         "a-longer-prefix-learns-more",
         "A longer prefix learns more in as many steps.",
-        "popular guides: use more virtual tokens; Li and Liang 2021, section 7.2",
+        "popular guides: use more virtual tokens; Li and Liang 2021, section 7.1",
         "lowest validation loss over the rates tried, 5 tokens minus 40, in nats per token",
         at_least(0.10),
     ),

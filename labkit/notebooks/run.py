@@ -181,12 +181,14 @@ class _Watch:
         return time.perf_counter() - self._started
 
     def _sample(self, pid: int) -> None:
-        while not self._stopped.wait(MEMORY_SAMPLE_SECONDS):
+        stopped = False
+        while not stopped:
             with contextlib.suppress(psutil.Error):  # one of them ended between two looks
                 kernel = psutil.Process(pid)
                 family = [kernel, *kernel.children(recursive=True)]
                 resident = sum(process.memory_info().rss for process in family)
                 self.peak_bytes = max(self.peak_bytes, resident)
+            stopped = self._stopped.wait(MEMORY_SAMPLE_SECONDS)
 
 
 def _explain(error: Exception, path: Path, watch: _Watch, timeout: float) -> RunError:
