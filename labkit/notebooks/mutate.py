@@ -382,6 +382,46 @@ replacing(
     FULL_FINE_TUNING,
 )
 
+LORA = "notebooks/03_lora.ipynb"
+replacing(
+    "lora-of-another-rank",
+    "the adapter has rank 2 where the lesson says 3",
+    LORA,
+    "RANK, ALPHA, TARGETS = 3, 6,",
+    "RANK, ALPHA, TARGETS = 2, 4,",
+    *NBVAL,
+    LORA,
+)
+replacing(
+    "lora-at-half-the-rate",
+    "the learning rate is halved where the adapter is trained",
+    LORA,
+    'rate=RATE["lora"], steps=STEPS',
+    'rate=RATE["lora"] / 2, steps=STEPS',
+    *NBVAL,
+    LORA,
+)
+QLORA = "notebooks/04_qlora.ipynb"
+replacing(
+    "qlora-supervises-the-prompt",
+    "the loss learns questions as well as answers",
+    QLORA,
+    "assistant_only_loss=True",
+    "assistant_only_loss=False",
+    *NBVAL,
+    QLORA,
+)
+SOFT_PROMPTS = "notebooks/05_p_tuning.ipynb"
+replacing(
+    "soft-prompts-train-nothing",
+    "the rate of every soft prompt is a thousandth of what it should be",
+    SOFT_PROMPTS,
+    "learning_rate=rate,",
+    "learning_rate=rate / 1000,",
+    *NBVAL,
+    SOFT_PROMPTS,
+)
+
 # ---- models and training -------------------------------------------------------------------------
 
 replacing(
