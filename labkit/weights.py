@@ -73,12 +73,10 @@ def tensor_bytes(model: nn.Module) -> dict[str, int]:
 def _quantization_tensors(model: nn.Module) -> list[Tensor]:
     """Scales and code books kept beside quantized weights, double quantization's included."""
     # int8: one scale a row, which moves from the weight to its layer in the first forward pass.
-    found = [getattr(parameter, "SCB", None) for parameter in model.parameters()]
-    found += [getattr(getattr(layer, "state", None), "SCB", None) for layer in model.modules()]
+    found = [getattr(getattr(layer, "state", None), "SCB", None) for layer in model.modules()]
     for parameter in model.parameters():
-        state = getattr(
-            parameter, "quant_state", None
-        )  # 4-bit: absmax per block, and the 16 levels
+        found.append(getattr(parameter, "SCB", None))
+        state = getattr(parameter, "quant_state", None)  # 4-bit: largest of each block, levels
         while state is not None:
             found += [state.absmax, state.code, getattr(state, "offset", None)]
             state = getattr(state, "state2", None)
