@@ -1,15 +1,18 @@
 """The canonical form of a notebook, and executing a notebook into it."""
 
 import copy
+import subprocess
+import sys
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from labkit.errors import LabkitError
 from labkit.notebooks import normalise as module
 from labkit.notebooks.normalise import dumps, normalise, read, sanitise, settle
-from labkit.notebooks.run import RunError, execute, main
+from labkit.notebooks.run import RunError, execute, main, resident_bytes
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -172,6 +175,23 @@ def test_execute_stores_normalised_outputs_and_a_second_run_changes_no_byte(tmp_
     assert run.warnings == ("careful\n",)
     assert 150 * 2**20 < run.peak_bytes < 600 * 2**20
     assert [cell_id for cell_id, _ in run.cell_seconds] == [cell.id for cell in cells]
+
+
+def test_memory_counts_what_a_child_holds_and_shared_libraries_once():
+    code = "x = bytearray(b'1' * 100_000_000); print('ready', flush=True); input()"
+    before = resident_bytes(psutil.Process())
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout.readline() == "ready\n"
+        more = resident_bytes(psutil.Process()) - before
+        info = psutil.Process(child.pid).memory_info()
+    finally:
+        child.communicate("\n")
+    assert 100e6 < more < 130e6
+    if hasattr(info, "shared"):
+        assert more == pytest.approx(info.rss - info.shared, abs=3e6)
 
 
 @pytest.mark.parametrize(

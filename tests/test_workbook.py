@@ -1,12 +1,13 @@
 """The learner's copy: no solutions, reproducible, and the learner's own edits are safe."""
 
+import symtable
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from labkit import paths
 from labkit.errors import LabkitError
-from labkit.machine import usable_cores
 from labkit.notebooks.normalise import dumps, read
 from labkit.notebooks.run import execute
 from labkit.notebooks.workbook import (
@@ -212,13 +213,55 @@ def test_course_workbook_shows_no_line_of_a_solution(path):
     assert leaked_lines(nb, strip_solutions(nb, path.name)) == set()
 
 
+def names(source: str) -> tuple[set[str], set[str]]:
+    """Names that a cell assigns, and names that it reads, both at the top level of the notebook."""
+    top = symtable.symtable(source, "cell", "exec")
+    assigned = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
+    read_names, tables = {s.get_name() for s in top.get_symbols() if s.is_referenced()}, [top]
+    while tables:
+        inner = tables.pop().get_children()
+        read_names |= {
+            s.get_name() for table in inner for s in table.get_symbols() if s.is_global()
+        }
+        tables += inner
+    return assigned, read_names
+
+
+def test_names_of_a_cell_are_those_that_other_cells_can_see():
+    source = "total = sum(x for x in rows)\ndef half(n):\n    return n / parts\n"
+    assert names(source) == ({"total", "half"}, {"sum", "rows", "parts"})
+
+
 @pytest.mark.parametrize("path", MASTERS, ids=lambda path: path.stem)
-def test_course_workbook_runs_with_every_check_not_attempted(path, tmp_path):
-    build_workbook(path.parent, tmp_path)
+def test_course_workbook_does_all_that_the_master_does(path):
+    """Without its solutions a notebook runs as the master does, which nbval runs and compares.
 
-    # Nothing else computes meanwhile, so the kernel may use every core.
-    run = execute(tmp_path / path.name, {"OMP_NUM_THREADS": str(usable_cores())}, write=False)
-
-    for cell in run.notebook.cells:
-        if "exercise" in cell.metadata.get("tags", []):
+    No cell that stays reads or assigns a name that a solution assigns, and every stub, which the
+    master runs too, says that it was not attempted.
+    """
+    of_solutions, of_others = set(), set()
+    for cell in read(path).cells:
+        if cell.cell_type != "code":
+            continue
+        tags = cell.metadata.get("tags", [])
+        assigned, read_names = names(cell.source)
+        if "solution" in tags:
+            of_solutions |= assigned
+        elif "exercise" in tags:
             assert "not attempted" in "".join(output.get("text", "") for output in cell.outputs)
+        else:
+            of_others |= assigned | read_names
+    assert of_solutions, "a lesson without exercises"
+    assert of_solutions & of_others == set()
+
+
+def test_course_workbook_runs(tmp_path):
+    """One real run of a stripped notebook; test_browser runs another one."""
+    build_workbook(paths.notebooks_dir(), tmp_path)
+
+    run = execute(tmp_path / "00_start_here.ipynb", {}, write=False)
+
+    stubs = [cell for cell in run.notebook.cells if "exercise" in cell.metadata.get("tags", [])]
+    assert stubs
+    for cell in stubs:
+        assert "not attempted" in "".join(output.get("text", "") for output in cell.outputs)
