@@ -1,0 +1,204 @@
+"""Peak memory of a training step, in closed form, from a `config.json` alone.
+
+>>> config = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
+...           "num_attention_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}
+>>> full, lora = (estimate(config, method=method) for method in ("full", "lora"))
+>>> full.phase, lora.phase
+('optimizer step', 'loss')
+>>> full.peak_allocated_bytes > 3 * lora.peak_allocated_bytes
+True
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from labkit import paths
+from labkit.memory import sharding
+from labkit.memory.architecture import Architecture, read
+from labkit.memory.options import Options, check_fit
+from labkit.memory.phases import LAYER, LOSS, STEP, Step
+from labkit.memory.state import state_bytes, trained_width
+from labkit.memory.terms import Term
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What one training step takes on one device at its highest moment, and why."""
+
+    peak_allocated_bytes: int
+    """What `torch.cuda.max_memory_allocated` would say: tensors, without the allocator's spare
+    room and without the CUDA context of the process."""
+    phase: str
+    """`loss`, `layer backward` or `optimizer step`: the one that peaks."""
+    moment: str
+    """What is under way at the peak."""
+    terms: tuple[Term, ...]
+    """All that is alive at the peak; their bytes sum to it."""
+    phases: dict[str, int]
+    """Highest bytes of each phase."""
+    parameters: int
+    """Of the base model; a tied matrix counts once."""
+    trainable_parameters: int
+    model_states_bytes: int
+    """Weights, gradients and optimizer states on this device, fp32 copies included: what tables of
+    ZeRO count."""
+    saved_activations_bytes: int
+    """What autograd holds between forward and backward."""
+    paged_bytes: int
+    """Optimizer states in managed memory, which moves between device and host."""
+    host_bytes: int
+    """What offloading moves to all hosts together."""
+    notes: tuple[str, ...]
+    """What was assumed, and what could not be counted."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON types; `terms` maps names to bytes, `explained` has the formulas."""
+        values = dict(vars(self))
+        values["terms"] = {one.name: one.bytes for one in self.terms}
+        values["explained"] = [one.to_json() for one in self.terms]
+        values["notes"] = list(self.notes)
+        return values
+
+
+def estimate(config: Mapping[str, Any] | str | Path, **options: Any) -> MemoryEstimate:
+    """Peak bytes of one training step on one device.
+
+    Args:
+        config: a Hugging Face configuration as a dict; or a path to a `config.json` or to a model's
+            folder, `bundled`, or the id of a model in the local Hugging Face cache.
+        options: fields of `labkit.memory.Options`, such as `method="qlora"` or `seq_len=2048`;
+            `dtype` is the config's own where it is not given, bf16 for a 4-bit model.
+
+    Raises:
+        ValueError: an unknown option, an impossible value, a config that cannot be read.
+    """
+    values = config if isinstance(config, Mapping) else load_config(config)
+    arch = read(values)
+    chosen = build_options(arch, options)
+    check_fit(arch, chosen)
+    step = Step(arch, chosen)
+    moments = step.moments()
+    peak = max(moments, key=lambda moment: moment.bytes)
+    phases = {
+        phase: max(moment.bytes for moment in moments if moment.phase == phase)
+        for phase in (LOSS, LAYER, STEP)
+    }
+    _, paged = state_bytes(step.trained, chosen, trained_width(chosen))
+    return MemoryEstimate(
+        peak_allocated_bytes=peak.bytes,
+        phase=peak.phase,
+        moment=peak.what,
+        terms=peak.terms,
+        phases=phases,
+        parameters=arch.parameters,
+        trainable_parameters=step.n_trained,
+        model_states_bytes=_model_states(step),
+        saved_activations_bytes=step.saved_bytes(),
+        paged_bytes=paged,
+        host_bytes=sharding.host_bytes(arch, chosen, step.n_trained),
+        notes=_notes(arch, chosen),
+    )
+
+
+def build_options(arch: Architecture, given: Mapping[str, Any]) -> Options:
+    """Options with what the config decides filled in.
+
+    Raises:
+        ValueError: an option that does not exist, or a value that cannot be meant.
+    """
+    unknown = sorted(set(given) - set(Options.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(Options.__dataclass_fields__)
+        raise ValueError(f"{unknown[0]}={given[unknown[0]]!r}: no such option: use {known}")
+    values = {name: value for name, value in given.items() if value is not None}
+    values.setdefault("dtype", arch.dtype or "bf16")
+    options = Options(**values)
+    if arch.softcap_attention and options.attention == "sdpa":
+        options = replace(options, attention="eager")  # transformers has no other for it
+    if options.is_4_bit and options.kbit_prepared and options.dtype != "fp32":
+        # The fp32 results of prepared norms meet 16-bit heads: that computes under autocast only.
+        options = replace(options, autocast=True)
+    return options
+
+
+def load_config(where: str | Path) -> dict[str, Any]:
+    """Read a config.json: a file, a model's folder, `bundled`, or the id of a downloaded model.
+
+    Raises:
+        ValueError: there is none, or it is no JSON object.
+    """
+    file = _find_config(str(where))
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {where} is not JSON ({error}): give a config.json") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config {where} holds {type(values).__name__}, no object: give a "
+                         "Hugging Face config.json")  # fmt: skip
+    return values
+
+
+def _find_config(where: str) -> Path:
+    path = paths.base_model_dir() if where == "bundled" else Path(where).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if path.is_file():
+        return path
+    cached = _in_cache(where)
+    if cached:
+        return cached
+    raise ValueError(
+        f"config {where!r}: no such file, no folder with a config.json, and no model that was "
+        "downloaded: give the path of a config.json"
+    )
+
+
+def _in_cache(model_id: str) -> Path | None:
+    """The config.json of a downloaded model, found without importing huggingface_hub."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    folder = cache / f"models--{model_id.replace('/', '--')}"
+    try:
+        revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    file = folder / "snapshots" / revision / "config.json"
+    return file if file.is_file() else None
+
+
+def _model_states(step: Step) -> int:
+    lasting = {one.name: one.bytes for one in step.lasting}
+    names = (
+        "weights", "4-bit weights", "quantization constants", "weights that stay 16-bit or fp32",
+        "adapters", "soft prompt", "optimizer states", "fp32 copies of trained weights",
+    )  # fmt: skip
+    gradients = sum(one.bytes for one in step.gradient_terms(1.0, "all"))
+    return sum(lasting.get(name, 0) for name in names) + gradients
+
+
+def _notes(arch: Architecture, options: Options) -> tuple[str, ...]:
+    notes = list(arch.uncounted)
+    if options.device == "cuda":
+        notes.append(
+            "allocated bytes only: the CUDA context (from 0.1 to over 1 GB) and the allocator's "
+            "spare room come on top"
+        )
+    if options.loss_path == "shifted":
+        notes.append(
+            "loss_path='shifted' is the Trainer of transformers 4.46 to 4.48 and the highest; "
+            "TRL 1.x and Liger use 'fused', which makes no logits of all tokens"
+        )
+    if options.method == "prefix" and options.gradient_checkpointing:
+        notes.append("a recomputed layer drops the prefix: train it without checkpointing")
+    if arch.experts:
+        notes.append("the busiest expert is taken to get twice an even share of the tokens")
+    if arch.softcap_attention:
+        notes.append("this model caps its attention scores, which sdpa cannot: eager was counted")
+    if options.attention == "sdpa" and options.dtype == "fp32" and not options.autocast:
+        notes.append("sdpa in fp32 is counted as a fused kernel; some GPUs fall back to eager")
+    if options.fused and options.optimizer != "adamw":
+        notes.append(f"fused has no meaning for {options.optimizer}")
+    return tuple(notes)

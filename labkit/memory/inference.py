@@ -1,0 +1,175 @@
+"""Memory without training: generating with a cache of keys and values, and merging an adapter.
+
+>>> config = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
+...           "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
+...           "vocab_size": 128256}
+>>> cache_bytes(read(config), rows=1, tokens=8192, width=2) / 2**30   # Llama 3 8B: 128 KiB a token
+1.0
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labkit.memory.architecture import Architecture, read
+from labkit.memory.closed_form import build_options, load_config
+from labkit.memory.options import DTYPES, Options, adapted_matrices
+from labkit.memory.phases import WORKSPACE
+from labkit.memory.state import (
+    FP32,
+    nf4_bytes,
+    numbers,
+    trained_parameters,
+    weight_terms,
+)
+from labkit.memory.terms import DERIVED, MEASURED, UNVERIFIED, Term, term, total
+
+
+@dataclass(frozen=True)
+class InferenceEstimate:
+    """Peak bytes of a job without gradients."""
+
+    peak_allocated_bytes: int
+    phase: str
+    terms: tuple[Term, ...]
+    parameters: int
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON types, with the keys that a training estimate has."""
+        return {
+            **vars(self),
+            "terms": {one.name: one.bytes for one in self.terms},
+            "explained": [one.to_json() for one in self.terms],
+            "trainable_parameters": 0,
+            "notes": list(self.notes),
+        }
+
+
+def cache_bytes(arch: Architecture, rows: int, tokens: int, width: int) -> int:
+    """Keys and values of every layer: 2 x L x n_kv x d numbers for each token."""
+    return 2 * arch.layers * arch.kv_width * rows * tokens * width
+
+
+def estimate_generation(
+    config: Mapping[str, Any] | str | Path, new_tokens: int = 256, **options: Any
+) -> InferenceEstimate:
+    """Peak bytes of `generate`: weights, the full cache, and the prompt's widest layer.
+
+    Args:
+        config: as for `estimate`.
+        new_tokens: generated after a prompt of `seq_len` tokens.
+        options: those of `estimate` that matter here: method (`qlora` for 4-bit weights, with its
+            adapter), batch_size, seq_len, dtype.
+
+    Raises:
+        ValueError: as `estimate`, and a `new_tokens` below 0.
+    """
+    if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 0:
+        raise ValueError(f"new_tokens={new_tokens!r}: give a whole number from 0")
+    arch, chosen = _read(config, options)
+    width, rows = DTYPES[chosen.dtype], chosen.batch_size
+    tokens = rows * chosen.queries
+    length = chosen.keys + new_tokens
+    if arch.positions is not None and length > arch.positions:
+        raise ValueError(
+            f"seq_len + new_tokens = {length} is more than the {arch.positions} positions that "
+            "this model has learned: give fewer"
+        )
+    # Prompt: the residual stream, the normed input, and gate, up and their product.
+    widest = 2 * arch.hidden + (3 if arch.gated else 2) * arch.mlp * max(1, arch.experts_per_token)
+    last = rows * arch.vocabulary * (width + 2 * FP32)
+    terms = [
+        *_held(arch, chosen),
+        *term(
+            "cache of keys and values",
+            cache_bytes(arch, rows, length, width),
+            f"2 x {arch.layers} layers x {arch.kv_width} x {rows} x {length} tokens x {width} B",
+            "transformers DynamicCache",
+        ),
+        *term(
+            "one layer over the prompt",
+            tokens * widest * width,
+            f"{width} B x {tokens} tokens x {widest}",
+            "transformers' modeling files, without gradients",
+            UNVERIFIED,
+        ),
+        *term(
+            "logits of the last token",
+            last,
+            f"({width} + 2 x 4) B x {rows} rows x {arch.vocabulary}: and fp32 copies to pick from",
+            "transformers generate, logits_to_keep=1",
+            UNVERIFIED,
+        ),
+    ]
+    notes = arch.uncounted
+    if arch.window:
+        notes += (f"layers with a window keep {arch.window} tokens at most; all were counted",)
+    return InferenceEstimate(total(terms), "generation", tuple(terms), arch.parameters, notes)
+
+
+def estimate_merge(config: Mapping[str, Any] | str | Path, **options: Any) -> InferenceEstimate:
+    """Peak bytes of merging a LoRA adapter: model, adapter, and the largest update of a matrix.
+
+    A 4-bit layer is unpacked, changed and packed again, one at a time.
+
+    Raises:
+        ValueError: as `estimate`, and a method that has no weights to merge.
+    """
+    options = {"method": "lora", **options}
+    arch, chosen = _read(config, options)
+    if not chosen.has_adapters:
+        raise ValueError(
+            f"method={chosen.method!r} leaves nothing to merge: give method='lora' or 'qlora'"
+        )
+    largest = max(m.n_in * m.n_out for m in adapted_matrices(arch, chosen))
+    width = DTYPES[chosen.dtype]
+    terms = [
+        *_held(arch, chosen),
+        *term(
+            "update of the largest matrix",
+            largest * FP32,
+            f"4 B x {largest:,}: B times A, in the adapter's precision",
+            "peft.tuners.lora get_delta_weight",
+            DERIVED,
+        ),
+    ]
+    if chosen.is_4_bit:
+        packed = sum(nf4_bytes(largest, chosen.double_quant))
+        terms += term(
+            "the matrix unpacked, and packed again",
+            largest * width + packed,
+            f"{width} B x {largest:,} + {packed:,} B",
+            "peft.tuners.lora.bnb.Linear4bit.merge",
+            UNVERIFIED,
+        )
+    else:
+        terms += term(
+            "copy of the largest matrix",
+            largest * width,
+            f"{width} B x {largest:,}: the update in the weight's precision",
+            "peft.tuners.lora.layer.Linear.merge",
+            DERIVED,
+        )
+    return InferenceEstimate(total(terms), "merge", tuple(terms), arch.parameters, arch.uncounted)
+
+
+def _read(
+    config: Mapping[str, Any] | str | Path, options: Mapping[str, Any]
+) -> tuple[Architecture, Options]:
+    arch = read(config if isinstance(config, Mapping) else load_config(config))
+    # Nothing is prepared for training: norms, embedding and head keep their 16 bits.
+    return arch, build_options(arch, {"kbit_prepared": False, **options})
+
+
+def _held(arch: Architecture, options: Options) -> list[Term]:
+    held = weight_terms(arch, options)
+    if options.is_peft:
+        adapters = numbers(trained_parameters(arch, options))
+        if options.method in ("prompt", "p-tuning"):  # the encoder is dropped after training
+            adapters = options.num_virtual_tokens * arch.hidden
+        held += term("adapter", FP32 * adapters, f"4 B x {adapters:,}", "PEFT", MEASURED)
+    if options.device == "cuda":
+        held += term("cuBLAS workspace", WORKSPACE // 2, "8,519,680 B", "torch CUDABlas", DERIVED)
+    return held

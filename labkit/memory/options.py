@@ -1,0 +1,204 @@
+"""What is trained and how: every choice that moves memory, checked once, with its default."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from labkit.memory.architecture import Architecture, Matrix
+
+METHODS = ("full", "freeze", "lora", "qlora", "prompt", "p-tuning", "prefix")
+OBJECTIVES = ("sft", "dpo")
+DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
+OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "sgd", "adafactor")
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
+LOSS_PATHS = ("shifted", "upcast", "padded", "fused")
+SHARDING = ("none", "fsdp")
+OFFLOAD = ("none", "cpu", "nvme")
+DEVICES = ("cuda", "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """One way to train. Values that cannot be meant raise ValueError."""
+
+    method: str = "full"
+    objective: str = "sft"
+    lora_rank: int = 16
+    target_modules: str | Sequence[str] = "all-linear"
+    lora_dropout: float = 0.05
+    """Any rate above 0 costs a mask and a copy of each adapter's input; the QLoRA paper trains with
+    0.05 and 0.1, PEFT's own default is 0."""
+    num_virtual_tokens: int = 20
+    encoder_hidden_size: int | None = None
+    """Width of P-tuning's encoder; None is the model's own."""
+    trainable_layers: int = 2
+    """Decoder layers that `freeze` trains, counted from the top."""
+    batch_size: int = 1
+    """Rows on one device in one forward pass; a DPO row is a pair and counts twice."""
+    seq_len: int = 1024
+    accumulation_steps: int = 1
+    dtype: str = "bf16"
+    autocast: bool = False
+    optimizer: str = "adamw"
+    foreach: bool = True
+    fused: bool = False
+    attention: str = "sdpa"
+    padding: bool = False
+    """Whether rows are padded to one length: sdpa then gets a mask, and repeats shared keys."""
+    gradient_checkpointing: bool = True
+    loss_path: str = "shifted"
+    """How the loss is computed from the logits; see `labkit.memory.loss`."""
+    double_quant: bool = True
+    kbit_prepared: bool = True
+    """Whether norms went to fp32 before QLoRA, as `prepare_model_for_kbit_training` does it."""
+    precompute_reference: bool = False
+    """Whether DPO's reference log-probabilities were computed before training."""
+    num_devices: int = 1
+    zero_stage: int | None = None
+    """DeepSpeed's; 0 is DeepSpeed on several devices that divides nothing, None is no DeepSpeed."""
+    sharding: str = "none"
+    offload: str = "none"
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown: use {', '.join(map(str, choices))}"
+                )
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: give a whole number from 1")
+        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
+            raise ValueError(f"encoder_hidden_size={self.encoder_hidden_size}: give 1 or more")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: give a share from 0 to below 1")
+        if self.deepspeed and self.sharding == "fsdp":
+            raise ValueError(
+                f"zero_stage={self.zero_stage} with sharding='fsdp': DeepSpeed and FSDP shard the "
+                "same state; give one of them"
+            )
+        if self.offload != "none" and not self.zero_stage and self.sharding == "none":
+            raise ValueError(
+                f"offload={self.offload!r} without sharding: offloading is done by DeepSpeed "
+                "(zero_stage=1, 2 or 3) or by sharding='fsdp'"
+            )
+        if self.offload == "nvme" and self.zero_stage != 3:
+            raise ValueError("offload='nvme' is done by ZeRO-Infinity only: give zero_stage=3")
+        if self.method == "qlora" and self.zero_stage == 3:
+            raise ValueError(
+                "method='qlora' with zero_stage=3: DeepSpeed cannot shard bitsandbytes' packed "
+                "weights without a special storage type; use sharding='fsdp' or zero_stage=2"
+            )
+        if (
+            self.method == "qlora"
+            and self.autocast
+            and self.dtype == "fp16"
+            and self.device == "cpu"
+        ):
+            raise ValueError("dtype='fp16' with autocast on a CPU: use bf16")
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed runs the step: 16-bit weights, and an fp32 copy in its optimizer."""
+        return bool(self.zero_stage) or (self.zero_stage == 0 and self.num_devices > 1)
+
+    @property
+    def is_peft(self) -> bool:
+        """Whether the base model is frozen and something small beside it is trained."""
+        return self.method not in ("full", "freeze")
+
+    @property
+    def is_soft_prompt(self) -> bool:
+        return self.method in ("prompt", "p-tuning", "prefix")
+
+    @property
+    def is_4_bit(self) -> bool:
+        return self.method == "qlora"
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.method in ("lora", "qlora")
+
+    @property
+    def rows(self) -> int:
+        """Rows of one forward pass: DPO runs the chosen and the rejected answers together."""
+        return self.batch_size * (2 if self.objective == "dpo" else 1)
+
+    @property
+    def queries(self) -> int:
+        """Tokens of a row, a soft prompt's included."""
+        return self.seq_len + self.num_virtual_tokens * (self.method in ("prompt", "p-tuning"))
+
+    @property
+    def keys(self) -> int:
+        return self.queries + self.num_virtual_tokens * (self.method == "prefix")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass on one device."""
+        return self.rows * self.queries
+
+
+_CHOICES: dict[str, Sequence] = {
+    "method": METHODS,
+    "objective": OBJECTIVES,
+    "dtype": tuple(DTYPES),
+    "optimizer": OPTIMIZERS,
+    "attention": ATTENTION,
+    "loss_path": LOSS_PATHS,
+    "zero_stage": (None, 0, 1, 2, 3),
+    "sharding": SHARDING,
+    "offload": OFFLOAD,
+    "device": DEVICES,
+}
+_COUNTS = (
+    "lora_rank", "num_virtual_tokens", "trainable_layers", "batch_size", "seq_len",
+    "accumulation_steps", "num_devices",
+)  # fmt: skip
+
+
+def adapted_matrices(arch: Architecture, options: Options) -> tuple[Matrix, ...]:
+    """The matrices of a decoder layer that LoRA adapts; none where the method is another one.
+
+    Raises:
+        ValueError: a name that no layer has, or a rank above a matrix's smaller side.
+    """
+    if not options.has_adapters:
+        return ()
+    wanted = options.target_modules
+    names = [matrix.name for matrix in arch.matrices]
+    if wanted == "all-linear":  # the router of a mixture of experts is left as it is
+        chosen = tuple(m for m in arch.matrices if not (arch.experts and m.n_out == arch.experts))
+    else:
+        listed = wanted.split(",") if isinstance(wanted, str) else list(wanted)
+        listed = [name.strip() for name in listed if name.strip()]
+        unknown = [name for name in listed if name not in names]
+        if unknown or not listed:
+            raise ValueError(
+                f"target_modules holds {(unknown or [''])[0]!r}, which no layer of "
+                f"{arch.model_type} is called: it has {', '.join(dict.fromkeys(names))}"
+            )
+        chosen = tuple(matrix for matrix in arch.matrices if matrix.name in listed)
+    for matrix in chosen:
+        smaller = min(matrix.n_in, matrix.n_out)
+        if options.lora_rank > smaller:
+            raise ValueError(
+                f"lora_rank={options.lora_rank} is more than {matrix.name} can have, which is "
+                f"{matrix.n_in} by {matrix.n_out}: give at most {smaller}"
+            )
+    return chosen
+
+
+def check_fit(arch: Architecture, options: Options) -> None:
+    """Raise ValueError where the options ask for what this architecture cannot do."""
+    if options.method == "freeze" and options.trainable_layers > arch.layers:
+        raise ValueError(
+            f"trainable_layers={options.trainable_layers}: the model has {arch.layers} layers"
+        )
+    if arch.positions is not None and options.keys > arch.positions:
+        extra = " with the virtual tokens" if options.keys > options.seq_len else ""
+        raise ValueError(
+            f"seq_len={options.seq_len}{extra} is more than the {arch.positions} positions that "
+            "this model has learned: give a shorter one"
+        )
