@@ -229,17 +229,56 @@ def check_base(folder: str | Path, base: str | Path) -> bool:
     record = Path(folder) / RECORD
     if not record.is_file():
         return False
-    try:
-        recorded = json.loads(record.read_text(encoding="utf-8"))
-        wanted, name = recorded["weights_sha256"], recorded["base"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LabkitError(f"{record} is damaged: delete it to go on without the check") from error
+    wanted, name = _recorded(record)
     if base_sha256(base) != wanted:
         raise LabkitError(
             f"{folder} was trained on other weights than {base} has (on {name}, SHA-256 "
             f"{wanted[:12]}...): an adapter fits only the model that it was trained on"
         )
     return True
+
+
+def _recorded(record: Path) -> tuple[str, str]:
+    """Hash of the weights that an adapter was trained on, and the name of that model."""
+    try:
+        recorded = json.loads(record.read_text(encoding="utf-8"))
+        return str(recorded["weights_sha256"]), str(recorded["base"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise LabkitError(f"{record} is damaged: delete it to go on without the check") from error
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter, and no whole model."""
+    folder = Path(folder).expanduser()
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: str | Path, *others: str) -> str:
+    """Where an adapter's base model is: where its files say, or else at the first of `others`.
+
+    Nothing is loaded; `attach` checks that the base is the one that the adapter was trained on.
+
+    Args:
+        folder: of the adapter.
+        others: models to fall back on, for an adapter that was copied from another machine.
+
+    Raises:
+        LabkitError: no readable adapter, or none of the models is here.
+    """
+    named = [_adapter_config(folder).base_model_name_or_path]
+    record = Path(folder) / RECORD
+    if record.is_file():
+        named.insert(0, _recorded(record)[1])
+    for name in [*filter(None, named), *others]:
+        try:
+            _folder_of(str(name))
+        except LabkitError:
+            continue
+        return str(name)
+    wanted = " or ".join(dict.fromkeys(filter(None, named))) or "which it does not name"
+    raise LabkitError(
+        f"the base model of {folder}, {wanted}, is not here: name its folder with --base"
+    )
 
 
 def attach(

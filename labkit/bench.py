@@ -95,6 +95,16 @@ def measure_import(bench: Bench, say: Say) -> None:
     bench.rows.append(Row("labkit --help, as a process", statistics.median(seconds), "s", 0.3))
 
 
+def measure_estimate(bench: Bench, say: Say) -> None:
+    """One closed-form estimate of memory, and the command as a process of its own."""
+    from labkit.memory import estimate
+
+    seconds = [_timed(estimate, "bundled")[1] for _ in range(50)]
+    bench.rows.append(Row("closed-form memory estimate", statistics.median(seconds) * 1e3, "ms", 5))
+    seconds = [_timed(_python, "-m", "labkit.cli", "estimate", "bundled")[1] for _ in range(5)]
+    bench.rows.append(Row("labkit estimate, as a process", statistics.median(seconds), "s", 0.5))
+
+
 def measure_start(bench: Bench, say: Say) -> None:
     """What a second `python3 lab.py` does before it becomes JupyterLab."""
     with tempfile.TemporaryDirectory() as folder:
@@ -416,6 +426,7 @@ def measure_suite(bench: Bench, say: Say) -> None:
 PARTS: dict[str, Callable[[Bench, Say], None]] = {
     "import": measure_import,
     "start": measure_start,
+    "estimate": measure_estimate,
     "scoring": measure_scoring,
     "step": measure_step,
     "notebooks": measure_notebooks,

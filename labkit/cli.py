@@ -23,6 +23,7 @@ from labkit.quiet import drop_kernel_notice
 
 # Commands whose options stand beside their function: name -> (module with a `main`, what it does).
 DELEGATED = {
+    "estimate": ("labkit.memory.command", "predict the memory of a training step, term by term"),
     "sweep": ("labkit.notebooks.sweep", "run a notebook once per seed and write its results"),
     "mutate": ("labkit.notebooks.mutate", "break the course on purpose and see the tests notice"),
 }
@@ -84,17 +85,29 @@ def explain_os_error(error: OSError) -> str:
 # ---- the parser --------------------------------------------------------------------------------
 
 
+class _Help(argparse.HelpFormatter):
+    """Keeps each command's summary on its line: argparse forgets that commands are indented."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action.choices, dict):
+            widest = max(map(len, action.choices)) + self._current_indent + self._indent_increment
+            self._action_max_length = max(self._action_max_length, widest)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Parser of all commands; `options.run(options)` does the work and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="labkit",
         description="Tools of the fine-tuning course. Each command has --help with an example.",
         epilog="example: labkit doctor",
+        formatter_class=_Help,
     )
     parser.add_argument("--version", action="version", version=f"labkit {labkit.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (
-        _doctor, _pretrain, _evaluate, _validate, _merge, _claims, _bench, _workbook, _release
+        _doctor, _pretrain, _evaluate, _forgetting, _validate, _merge, _claims, _bench, _workbook,
+        _release,
     ):  # fmt: skip
         add(commands)
     for name, (_, summary) in DELEGATED.items():
@@ -170,6 +183,42 @@ def _evaluate(commands: Any) -> None:
     _json_option(parser)
 
 
+def _forgetting(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "forgetting",
+        forgetting,
+        "compare two models or adapters: what was lost on the way",
+        "labkit forgetting bundled runs/adapter --figure forgot.png",
+    )
+    parser.add_argument("before", help="`bundled`, a model's or an adapter's folder, or an id")
+    parser.add_argument("after", help="the same for what became of it")
+    parser.add_argument("--base", metavar="MODEL", help="of the adapters (what their files name)")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="read this instead of the invented neutral text"
+    )
+    parser.add_argument(
+        "--skills",
+        action=argparse.BooleanOptionalAction,
+        help="score the general skills (if BEFORE has the bundled model's vocabulary)",
+    )
+    parser.add_argument(
+        "--rows", type=_above_zero, metavar="N", help="at most N questions and N texts (all)"
+    )
+    parser.add_argument(
+        "--margin",
+        type=_points,
+        default=1.0,
+        metavar="POINTS",
+        help="a change that is called nothing, with 0.02 nats for each point (1)",
+    )
+    parser.add_argument(
+        "--batch-size", type=_above_zero, default=16, help="rows of a forward pass (16)"
+    )
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf")
+    _json_option(parser)
+
+
 def _validate(commands: Any) -> None:
     parser = _command(
         commands,
@@ -212,7 +261,7 @@ def _bench(commands: Any) -> None:
         "--only",
         nargs="+",
         metavar="PART",
-        help="of import, start, scoring, step, notebooks, results, suite (all but suite)",
+        help="of import, start, estimate, scoring, step, notebooks, results, suite (all but suite)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON here, too")
     _json_option(parser)
@@ -250,6 +299,16 @@ def _above_zero(text: str) -> int:
 
 def _from_zero(text: str) -> int:
     return _whole_number(text, least=0)
+
+
+def _points(text: str) -> float:
+    try:
+        points = float(text)
+    except ValueError:
+        points = 0.0
+    if not 0 < points < 100:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number between 0 and 100")
+    return points
 
 
 def _whole_number(text: str, least: int) -> int:
@@ -344,6 +403,47 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def forgetting(options: argparse.Namespace) -> int:
+    """Measure two models on the same questions and texts, and judge what changed between them.
+
+    Exact match of the general skills, where BEFORE knows the invented world, and loss on text:
+    little invented scenes, or your own FILE. A .jsonl, .json or .csv FILE holds rows with `text`,
+    or talks, whose answers count; any other holds a text a line, or paragraphs with blank lines
+    between. Intervals are 95 %, paired item by item. A skill marked `lost` or `gained` has an
+    interval on one side of 0; of twenty unchanged skills, one has so by chance. Losses are per
+    token, or per byte where the two models have other tokens.
+    """
+    from labkit.forgetting import MARGIN_NATS, check_figure, compare, read_texts
+
+    if options.figure:
+        check_figure(options.figure)
+    texts = read_texts(options.text) if options.text else None
+    meter = Meter()
+    found = compare(
+        options.before,
+        options.after,
+        base=options.base,
+        skills=options.skills,
+        texts=texts,
+        most_rows=options.rows,
+        margin_points=options.margin,
+        margin_nats=MARGIN_NATS * options.margin,
+        batch_size=options.batch_size,
+        say=_say,
+        progress=meter,
+    )
+    meter.end()
+    if options.figure:
+        found.figure(options.figure)
+        _say(f"{options.figure}: drawn")
+    if options.json:
+        print(json.dumps(found.to_json(), indent=2))
+        return 0
+    _table(["measure", "before", "after", "change", "95 % interval", ""], found.rows())
+    print(found.line)
+    return 0
+
+
 def validate(options: argparse.Namespace) -> int:
     """Print every problem of a file of training rows as FILE:LINE: code: message.
 
@@ -418,8 +518,9 @@ def claims(options: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> int:
     """Measure what the course promises about time and memory, on this machine.
 
-    Parts: `import` and `start` (seconds), `scoring` and `step` (a minute), `notebooks` (each one is
-    run), `results` (as recorded by the sweeps), `suite` (the whole test suite; only when named).
+    Parts: `import`, `start` and `estimate` (seconds), `scoring` and `step` (a minute), `notebooks`
+    (each one is run), `results` (as recorded by the sweeps), `suite` (the whole test suite; only
+    when named).
     Exits 1 when something could not be measured; a bar that does not hold is a result.
     """
     from labkit.bench import PARTS, measure
@@ -510,7 +611,7 @@ def _table(head: list[str], rows: list[list[str]]) -> None:
     lines = [head, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     numeric = [
-        all(line[column][:1].isdigit() or line[column][:1] in "-≤≥" for line in rows)
+        all(line[column][:1].isdigit() or line[column][:1] in "-+≤≥" for line in rows)
         for column in range(len(head))
     ]
     for line in lines:

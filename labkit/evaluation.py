@@ -38,6 +38,7 @@ __all__ = [
     "Score",
     "SkillReport",
     "answer_loss",
+    "answer_losses",
     "bootstrap_interval",
     "chance",
     "equivalent",
@@ -45,6 +46,7 @@ __all__ = [
     "forgetting",
     "generate_answers",
     "load_metric",
+    "loss_difference",
     "neutral_text_loss",
     "paired_difference",
     "score",
@@ -121,6 +123,10 @@ class Loss:
     """Tokens predicted: the first of a text is given, unless a begin token stands before it."""
     interval: Interval | None
     """95 %, bootstrap over texts; None for one text, which cannot say how much texts differ."""
+    nats: tuple[float, ...] = field(repr=False)
+    """Loss of each text, summed over its tokens, in the order of the texts."""
+    tokens: tuple[int, ...] = field(repr=False)
+    """Tokens predicted of each text."""
 
     @property
     def perplexity(self) -> float:
@@ -226,46 +232,79 @@ def answer_loss(model, tokenizer, rows: Sequence[dict], batch_size: int = 16) ->
     Raises:
         ValueError: as `exact_matches`.
     """
+    return answer_losses(model, tokenizer, rows, batch_size).nats_per_token
+
+
+def answer_losses(
+    model,
+    tokenizer,
+    rows: Sequence[dict],
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Loss:
+    """What `answer_loss` is the mean of, row by row, with the interval of that mean.
+
+    Raises:
+        ValueError: as `exact_matches`.
+    """
     encoded = _encode_rows(model, tokenizer, rows)
-    nats = n_tokens = 0
-    with evaluating(model):
-        for indices in _batches([len(ids) for ids, _ in encoded], batch_size):
-            batch = [encoded[i] for i in indices]
-            nats += sum(_losses(model, tokenizer, batch))
-            n_tokens += sum(len(ids) - start for ids, start in batch)
-    return nats / n_tokens
+    return _summed_losses(model, tokenizer, encoded, batch_size, progress)
 
 
-def neutral_text_loss(model, tokenizer, texts: Sequence[str], batch_size: int = 16) -> Loss:
+def neutral_text_loss(
+    model,
+    tokenizer,
+    texts: Sequence[str],
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    names: Sequence[str] | None = None,
+) -> Loss:
     """Mean loss in nats over every token of plain texts, no chat template applied.
 
     A begin token is put in front where the tokenizer has one, so that the first word counts.
+
+    Args:
+        names: what an error calls each text, such as "notes.txt:3"; None is `texts[2]`.
 
     Raises:
         ValueError: no texts, a text too short to predict a token, or longer than the model takes.
     """
     if not texts:
         raise ValueError("texts is empty: give at least one text")
+    names = names or [f"texts[{number}]" for number in range(len(texts))]
     encoded = []
-    for number, text in enumerate(texts):
-        ids = list(tokenizer(text)["input_ids"])
+    for name, text in zip(names, texts, strict=True):
+        ids = list(tokenizer(text, verbose=False)["input_ids"])  # its own warning says less
         if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
             ids = [tokenizer.bos_token_id, *ids]
         if len(ids) < 2:
-            raise ValueError(f"texts[{number}] is {text!r}: too short to predict a token")
+            raise ValueError(f"{name} is {text!r}: too short to predict a token")
         encoded.append((ids, 1))
-    lengths = [len(ids) for ids, _ in encoded]
-    _check_lengths(model, lengths, [f"texts[{number}]" for number in range(len(texts))])
-    nats = [0.0] * len(encoded)
-    with evaluating(model):
-        for indices in _batches(lengths, batch_size):
-            losses = _losses(model, tokenizer, [encoded[i] for i in indices])
-            for index, loss in zip(indices, losses, strict=True):
-                nats[index] = loss
-    counts = [len(ids) - 1 for ids, _ in encoded]
-    mean = sum(nats) / sum(counts)
-    interval = ratio_interval(nats, counts) if len(texts) > 1 else None
-    return Loss(mean, sum(counts), interval)
+    _check_lengths(model, [len(ids) for ids, _ in encoded], names)
+    return _summed_losses(model, tokenizer, encoded, batch_size, progress)
+
+
+def loss_difference(before: Loss, after: Loss, level: float = 0.95) -> Difference:
+    """What the loss on the same texts rose by, after - before, in nats per token.
+
+    The interval resamples texts, each with both of its losses, so that what makes a text hard for
+    both models cancels. For one text it is the difference itself, which says nothing on others.
+
+    Raises:
+        ValueError: the two were measured on other texts, or in other tokens.
+    """
+    if before.tokens != after.tokens:
+        raise ValueError(
+            f"before has {len(before.tokens)} texts of {before.n_tokens} tokens, after "
+            f"{len(after.tokens)} of {after.n_tokens}: measure both on the same texts, with one "
+            "tokenizer"
+        )
+    rises = [new - old for new, old in zip(after.nats, before.nats, strict=True)]
+    mean = sum(rises) / before.n_tokens
+    if len(rises) < 2 or not any(rises):
+        return Difference(mean, (mean, mean), len(rises), level)
+    interval = ratio_interval(rises, before.tokens, level=level)
+    return Difference(mean, interval, len(rises), level)
 
 
 def generate_answers(
@@ -446,7 +485,7 @@ def _check_rows(rows: Sequence[dict]) -> None:
             )
 
 
-def _check_lengths(model, lengths: list[int], names: list[str]) -> None:
+def _check_lengths(model, lengths: list[int], names: Sequence[str]) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     for length, name in zip(lengths, names, strict=True):
         if limit is not None and length > limit:
@@ -541,6 +580,25 @@ def _split(model):
 def _logits(model, ids: torch.Tensor) -> torch.Tensor:
     """(batch, width, vocab) of the tokens in `ids`, without those of a trained prompt."""
     return model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
+
+
+def _summed_losses(
+    model, tokenizer, encoded: list[Encoded], batch_size: int, progress: Progress | None
+) -> Loss:
+    """Loss of each row from its start on, summed, and the mean over all of their tokens."""
+    nats = [0.0] * len(encoded)
+    done = 0
+    with evaluating(model):
+        for indices in _batches([len(ids) for ids, _ in encoded], batch_size):
+            losses = _losses(model, tokenizer, [encoded[i] for i in indices])
+            for index, loss in zip(indices, losses, strict=True):
+                nats[index] = loss
+            done += len(indices)
+            if progress:
+                progress(done, len(encoded))
+    counts = [len(ids) - start for ids, start in encoded]
+    interval = ratio_interval(nats, counts) if len(counts) > 1 else None
+    return Loss(sum(nats) / sum(counts), sum(counts), interval, tuple(nats), tuple(counts))
 
 
 def _losses(model, tokenizer, batch: list[Encoded]) -> list[float]:

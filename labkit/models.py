@@ -36,6 +36,7 @@ __all__ = [
     "PROFILES",
     "Parameters",
     "Profile",
+    "check",
     "current_profile",
     "describe_device",
     "fingerprint",
@@ -252,6 +253,15 @@ def _keep_packed(model: PreTrainedModel) -> None:
 
 def _default_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else getattr(torch, current_profile().dtype)
+
+
+def check(model: str | Path) -> None:
+    """Raise LabkitError unless a model's folder is there and whole; an id tells when it is loaded.
+
+    Args:
+        model: `bundled`, a folder, or a Hugging Face id.
+    """
+    _find(str(model))
 
 
 def _find(name: str) -> str:

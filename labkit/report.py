@@ -5,7 +5,8 @@ sentence from `describe`, because a screen reader sees no picture.
 """
 
 import html
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
-    from labkit.evaluation import SkillReport
+    from labkit.evaluation import Loss, SkillReport
 
 # Okabe and Ito's palette (2008), told apart with every kind of colour vision. Its yellow is too
 # faint on a light ground: prefix tuning takes a dark brown instead, and the base model a grey.
@@ -567,21 +568,223 @@ def learned_and_lost(
     df = df.dropna(subset=[learned, kept])
     if df.empty:
         raise ValueError(f"no arm has both {learned} and {kept}")
-    ax, parts = _axes(ax), []
+    ax, parts, points = _axes(ax), [], []
     for row in df.to_dict("records"):
         method = _method_of(row["arm"]) or "base"
         color = COLORS[method]
         ax.plot([row[f"{kept} low"], row[f"{kept} high"]], [row[learned]] * 2, color=color, lw=1)
         ax.plot([row[kept]] * 2, [row[f"{learned} low"], row[f"{learned} high"]], color=color, lw=1)
         ax.plot(row[kept], row[learned], MARKERS[method], color=color, markersize=8)
-        ax.annotate(
-            row["arm"], (row[kept], row[learned]), (7, 5), textcoords="offset points", color=color
-        )
+        points.append((row[kept], row[learned], row["arm"], color))
         parts.append(f"{row['arm']} learned {approx(row[learned])}, kept {approx(row[kept])}")
     ax.set(xlabel=f"kept: {kept}", ylabel=f"learned: {learned}")
     best = df.loc[(df[learned] + df[kept]).idxmax()]
     ax.set_title(f"Most of both together: {best['arm']}")
+    _label_points(ax, points)
     return _summarise(ax, "; ".join(parts))
+
+
+def on_frontier(df: "pd.DataFrame", learned: str, lost: str) -> list[bool]:
+    """Whether no other arm did better: learned at least as much, lost no more, and one of them so.
+
+    Args:
+        df: columns learned and lost, one row an arm; a row without both is on no frontier.
+
+    Raises:
+        ValueError: a column is missing, or there are no rows.
+    """
+    _need(df, learned, lost)
+    pairs = list(zip(df[learned].tolist(), df[lost].tolist(), strict=True))
+    return [
+        gain == gain
+        and loss == loss  # NaN alone differs from itself
+        and not any(
+            more >= gain and less <= loss and (more > gain or less < loss) for more, less in pairs
+        )
+        for gain, loss in pairs
+    ]
+
+
+def frontier(
+    df: "pd.DataFrame",
+    learned: str,
+    lost: str,
+    ax: "Axes | None" = None,
+    *,
+    budget_points: float | None = None,
+    names: Mapping[str, str] | None = None,
+) -> "Axes":
+    """What each arm learned against what it lost, and the line of those that no other arm beats.
+
+    Up and left is better. Arms on the line are large and named; the others keep their colour and
+    their intervals, and the legend tells their methods. Scale the axes before, not after: names
+    are placed by what is drawn.
+
+    Args:
+        df: columns arm, and for both measures its value, low and high, as `arms` makes them. Both
+            are shares, 0 to 1; losses are drawn in points, 100 times that.
+        budget_points: of loss, to mark.
+        names: what to call an arm in the figure; a beaten arm is named only if it is among these.
+
+    Raises:
+        ValueError: a column is missing, or no arm has both.
+    """
+    _need(df, "arm", *(f"{name}{end}" for name in (learned, lost) for end in ("", " low", " high")))
+    df = df.dropna(subset=[learned, lost])
+    if df.empty:
+        raise ValueError(f"no arm has both {learned} and {lost}")
+    from matplotlib.lines import Line2D
+
+    ax, points, line, methods = _axes(ax), [], [], {}
+    best, names = on_frontier(df, learned, lost), names or {}
+    for row, unbeaten in zip(df.to_dict("records"), best, strict=True):
+        method = _method_of(row["arm"]) or "base"
+        x, y = 100 * row[lost], row[learned]
+        look: dict[str, Any] = {"color": COLORS[method], "alpha": 1.0 if unbeaten else 0.45}
+        ax.plot([100 * row[f"{lost} low"], 100 * row[f"{lost} high"]], [y, y], lw=1, **look)
+        ax.plot([x, x], [row[f"{learned} low"], row[f"{learned} high"]], lw=1, **look)
+        size = 9 if unbeaten else 5
+        ax.plot(x, y, MARKERS[method], markersize=size, zorder=3, **look)
+        methods[method] = Line2D([], [], color=COLORS[method], marker=MARKERS[method], ls="")
+        if unbeaten:
+            line.append((x, y, row["arm"]))
+        # A name left blank takes no room; the mark is kept clear all the same.
+        name = names.get(row["arm"], row["arm"] if unbeaten else "")
+        points.append((x, y, name, COLORS[method]))
+    line.sort()
+    xs, ys = [loss for loss, _, _ in line], [gain for _, gain, _ in line]
+    ax.plot(xs, ys, color=INK, lw=1.2, drawstyle="steps-post", zorder=1, label="frontier")
+    if budget_points is not None:
+        ax.axvline(budget_points, color=INK, linestyle=":", linewidth=1.2)
+    ax.set(xlabel=f"{lost} (points), 95 % interval", ylabel=f"learned: {learned}, 95 % interval")
+    ax.legend(list(methods.values()), list(methods), loc="lower right")
+    verb = "is" if len(line) == 1 else "are"
+    ax.set_title(f"{len(line)} of {len(df)} arms {verb} beaten by no other")
+    _label_points(ax, points)
+    parts = [f"{arm} learned {approx(gain)}, lost {approx(loss, 1)}" for loss, gain, arm in line]
+    sentence = f"not beaten by another arm, least lost (in points) first: {'; '.join(parts)}"
+    beaten = df[[not unbeaten for unbeaten in best]]
+    if len(beaten):
+        gains, losses = beaten[learned].tolist(), [100 * loss for loss in beaten[lost]]
+        sentence += (
+            f"; the other {len(beaten)} learned {approx(min(gains))} to {approx(max(gains))} and "
+            f"lost {approx(min(losses), 1)} to {approx(max(losses), 1)}"
+        )
+    if budget_points is not None:
+        sentence += f"; a budget of {budget_points:g} points is marked"
+    return _summarise(ax, sentence)
+
+
+def text_losses(
+    before: "Loss", after: "Loss", ax: "Axes | None" = None, *, unit: str = "nats per token"
+) -> "Axes":
+    """Each text's loss before against after; what lies above the diagonal became harder.
+
+    Args:
+        before, after: of the same texts, from `evaluation.neutral_text_loss` or `answer_losses`.
+        unit: what the losses are in.
+
+    Raises:
+        ValueError: the two were measured on other texts, or in other tokens.
+    """
+    from labkit.evaluation import loss_difference
+
+    change = loss_difference(before, after).mean
+    ax = _axes(ax)
+    old, new = (
+        [nats / tokens for nats, tokens in zip(loss.nats, loss.tokens, strict=True)]
+        for loss in (before, after)
+    )
+    worse = sum(b > a for a, b in zip(old, new, strict=True))
+    ends = [min(*old, *new), max(*old, *new)]
+    ax.plot(ends, ends, color=FAINT, zorder=0)
+    ax.scatter(old, new, color=COLORS["full"], marker=MARKERS["full"], s=18, alpha=0.6)
+    ax.set(xlabel=f"loss before ({unit})", ylabel=f"loss after ({unit})")
+    verb = "rises" if change > 0 else "does not rise"
+    ax.set_title(f"Loss on text {verb}: {before.nats_per_token:.2f} to {after.nats_per_token:.2f}")
+    return _summarise(
+        ax,
+        f"loss on {len(old)} texts goes from {approx(before.nats_per_token)} to "
+        f"{approx(after.nats_per_token)} {unit}; it is higher after than before for "
+        f"{approx(100 * worse / len(old), 0)} % of the texts",
+    )
+
+
+def _label_points(ax: "Axes", points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Name points so that no name covers another name or a mark, as far as there is room.
+
+    Each takes the free place nearest to its point, inside the axes, with a thin line to the point
+    where that is not beside it. Call it last: what is drawn or scaled later is not looked at.
+
+    Args:
+        points: x, y, name and colour; a point without a name is only kept clear.
+    """
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    ax.autoscale_view()
+    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())
+    figure.draw_without_rendering()  # lays out the axes, whose size in pixels is needed
+    unit = figure.dpi / 72  # pixels in a typographic point
+    spots = ax.transData.transform([(x, y) for x, y, *_ in points]).tolist()
+    frame = ax.get_window_extent().extents
+    taken = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in spots]
+    if legend := ax.get_legend():
+        taken.append(legend.get_window_extent().extents)
+    for (x, y, name, color), (left, bottom) in zip(points, spots, strict=True):
+        if not name:
+            continue
+        label = ax.annotate(
+            name, (x, y), (0, 0), textcoords="offset points", color=color, ha="center",
+            va="center", fontsize=9.5, zorder=4,
+        )  # fmt: skip
+        label.set_in_layout(False)
+        size = label.get_window_extent()
+        places = _places(left, bottom, size.width + 2 * unit, size.height, unit)
+        best = min(places, key=lambda box: _crowding(box[0], taken, frame) + box[1])
+        box, away = best
+        taken.append(box)
+        middle = ((box[0] + box[2]) / 2 - left) / unit, ((box[1] + box[3]) / 2 - bottom) / unit
+        label.set_position(middle)
+        if away > 10:
+            ends = (left - box[0]) / (box[2] - box[0]), (bottom - box[1]) / (box[3] - box[1])
+            near = [min(max(end, 0.0), 1.0) for end in ends]
+            ax.annotate(
+                "", (x, y),
+                ((box[0] + near[0] * (box[2] - box[0]) - left) / unit,
+                 (box[1] + near[1] * (box[3] - box[1]) - bottom) / unit),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 0},
+            ).set_in_layout(False)  # fmt: skip
+
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top, in pixels."""
+
+
+def _places(x: float, y: float, width: float, height: float, unit: float) -> list[tuple[Box, int]]:
+    """Where a name may stand around a point, each with its distance from it in points."""
+    found = []
+    for away in (7, 9, 14, 20, 28, 38, 50, 64, 80, 100):
+        for turn in range(24):
+            across, up = math.cos(turn * math.pi / 12), math.sin(turn * math.pi / 12)
+            middle = x + across * (away * unit + width / 2), y + up * (away * unit + height / 2)
+            left, bottom = middle[0] - width / 2, middle[1] - height / 2
+            found.append(((left, bottom, left + width, bottom + height), away))
+    return found
+
+
+def _crowding(box: Box, taken: Sequence[Box], frame: Sequence[float]) -> float:
+    """How much of a box lies over taken ones or, which counts more, outside the frame."""
+    over = sum(
+        max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
+        * max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
+        for other in taken
+    )
+    outside = sum(
+        max(0.0, excess)
+        for excess in (frame[0] - box[0], frame[1] - box[1], box[2] - frame[2], box[3] - frame[3])
+    )
+    return 1000 * (over + (box[3] - box[1]) * 10 * outside)
 
 
 def _method_of(arm: str) -> str | None:

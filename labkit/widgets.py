@@ -1,17 +1,30 @@
-"""Things to click: a talk with a model, the step plan of a run, what a LoRA trains and needs."""
+"""Things to click: a talk with a model, bad answers to read, and explorers of a run's plan, of what
+a LoRA needs and of what a mix brings."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from labkit.badcases import Judged, reason_counts
+from labkit.claims import approx
 from labkit.curves import widget_bundle
 from labkit.evaluation import generate_answers
+from labkit.recipe import (
+    Arm,
+    Interval,
+    Recommendation,
+    Trial,
+    arms_of,
+    keeps_to,
+    recommend,
+)
 from labkit.stepplan import StepPlan, plan_steps
 from labkit.weights import n_parameters
 
 MAX_NEW_TOKENS = 48
+_STYLE = {"description_width": "9em"}
 
 
 class Chat:
@@ -95,6 +108,79 @@ class Chat:
 
     def _repr_mimebundle_(self, **kwargs) -> dict[str, object]:
         return widget_bundle(self.widget, "A talk with the model: run this cell, type, Enter.")
+
+
+class BadcaseReader:
+    """One bad answer after the other: what was asked, what the model said, what is wrong with it.
+
+    Args:
+        judged: answers as `badcases.judge_samples` or `badcases.load` give them; good ones are left
+            out.
+
+    Click `previous` and `next`, move `place` with the arrow keys, choose a `reason`; or set
+    `place.value` and `reason.value` ("" for all) in code. `shown` and `card` follow.
+    """
+
+    def __init__(self, judged: Sequence[Judged]):
+        self._bad = [one for one in judged if one.reason is not None]
+        counts = {"": len(self._bad), **reason_counts(self._bad)}
+        self.reason = ipywidgets.Dropdown(
+            options=[(f"{name or 'all reasons'} ({n})", name) for name, n in counts.items()],
+            value="",
+            description="Reason",
+        )
+        self.place = ipywidgets.IntSlider(1, min=1, max=1, description="Case")
+        self.previous = ipywidgets.Button(description="Previous")
+        self.next = ipywidgets.Button(description="Next")
+        self.card = ipywidgets.HTML()
+        self.reason.observe(lambda change: self._choose(), names="value")
+        self.place.observe(lambda change: self._show(), names="value")
+        # The slider keeps its value within its range.
+        self.previous.on_click(lambda button: self._move(-1))
+        self.next.on_click(lambda button: self._move(1))
+        controls = ipywidgets.HBox([self.previous, self.next, self.place])
+        self.widget = ipywidgets.VBox([self.reason, controls, self.card])
+        self.shown: Judged | None = None
+        self._choose()
+
+    def _choose(self) -> None:
+        """Keep the answers of the chosen reason, and begin at the first."""
+        chosen = self.reason.value
+        self._cases = [one for one in self._bad if chosen in ("", one.reason)]
+        self.place.max = max(len(self._cases), 1)
+        self.place.value = 1
+        self._show()
+
+    def _move(self, by: int) -> None:
+        self.place.value += by
+
+    def _show(self) -> None:
+        if not self._cases:
+            self.card.value = "<p>There is no bad answer to read.</p>"
+            return
+        one = self.shown = self._cases[self.place.value - 1]
+        talk = "<br>".join(
+            f"<em>{html.escape(message['role'])}:</em> {html.escape(message['content'])}"
+            for message in one.row["messages"][:-1]
+        )
+        facts = {
+            "Prompt": talk,
+            "Answer": html.escape(one.text),
+            "Right answer": html.escape(one.gold),
+            "Reason": html.escape(str(one.reason)),
+        }
+        cells = (
+            f'<tr><th scope="row" style="text-align:left;vertical-align:top">{name}</th>'
+            f'<td style="padding-left:1em;white-space:pre-wrap">{value}</td></tr>'
+            for name, value in facts.items()
+        )
+        caption = f"Case {self.place.value} of {len(self._cases)}"
+        # aria-live lets a screen reader speak each new case.
+        table = f"<table><caption>{caption}</caption>{''.join(cells)}</table>"
+        self.card.value = f'<div aria-live="polite">{table}</div>'
+
+    def _repr_mimebundle_(self, **kwargs) -> dict[str, object]:
+        return widget_bundle(self.widget, "Bad answers to read: run this cell, use the arrow keys.")
 
 
 class PlanExplorer:
@@ -203,6 +289,144 @@ class LoraExplorer:
 
     def _repr_mimebundle_(self, **kwargs) -> dict[str, object]:
         return widget_bundle(self.widget, "A slider over LoRA's rank: run this cell to move it.")
+
+
+class MixExplorer:
+    """What each measured mixture learned, lost and cost, beside the best one within a budget.
+
+    Args:
+        results: from `claims.load_results`, with arms named METHOD MIX at RATE; see `recipe`.
+        learned, lost: the measures' names.
+        budget_points: of general score that may be lost, to begin with.
+        only: which arms to offer, as for `recipe.recommend`; None is all.
+
+    Set `method.value`, `mix.value`, `rate.value` or `budget.value` in code, or with the arrow
+    keys; `trial`, `best` and `table` follow. Only what was measured can be chosen.
+    """
+
+    def __init__(
+        self,
+        results: dict,
+        *,
+        learned: str = "d3",
+        lost: str = "lost",
+        budget_points: float = 3.0,
+        only: Callable[[Arm], bool] | None = None,
+    ):
+        def best(points: float) -> Recommendation:
+            return recommend(results, points, learned=learned, lost=lost, only=only)
+
+        self._recommend = best
+        trials = arms_of(results, learned, lost)
+        self._trials = [trial for trial in trials if only is None or only(trial.arm)]
+        self.method = _dropdown("Method")
+        self.mix = _dropdown("Domain : general")
+        self.rate = _dropdown("Learning rate")
+        self.budget = ipywidgets.FloatSlider(
+            budget_points, min=0, max=30, step=0.5, description="Budget (points)", style=_STYLE
+        )
+        self.table = ipywidgets.HTML()
+        self.trial: Trial
+        _choose_from(self.method, list(dict.fromkeys(t.arm.method for t in self._trials)))
+        self._offer()
+        self.method.observe(lambda change: self._offer(), names="value")
+        self.mix.observe(lambda change: self._offer_rates(), names="value")
+        for control in (self.rate, self.budget):
+            control.observe(lambda change: self._update(), names="value")
+        self.widget = ipywidgets.VBox([self.method, self.mix, self.rate, self.budget, self.table])
+        self._update()
+
+    def _offer(self) -> None:
+        """Mixes that the method was tried with; the chosen mix stays where it is one of them."""
+        tried = [trial.arm for trial in self._trials if trial.arm.method == self.method.value]
+        ratios = {arm.mix: arm.ratio for arm in tried}
+        _choose_from(self.mix, sorted(ratios, key=lambda mix: ratios[mix]))
+        self._offer_rates()
+
+    def _offer_rates(self) -> None:
+        chosen = self.method.value, self.mix.value
+        tried = {
+            _rate(trial.arm)
+            for trial in self._trials
+            if (trial.arm.method, trial.arm.mix) == chosen
+        }
+        _choose_from(self.rate, [(f"{rate:g}" if rate else "–", rate) for rate in sorted(tried)])
+        self._update()
+
+    def _update(self) -> None:
+        chosen = self.method.value, self.mix.value, self.rate.value
+        self.trial = next(
+            trial
+            for trial in self._trials
+            if (trial.arm.method, trial.arm.mix, _rate(trial.arm)) == chosen
+        )
+        points = float(self.budget.value)
+        self.best = self._recommend(points)
+        beside = {
+            "within": "Best within the budget",
+            "crosses": "Best that may be within the budget",
+            "none": "Within the budget",
+        }[self.best.verdict]
+        self.table.value = _comparison_table(
+            f"Mixtures at a budget of {points:g} points",
+            {"Chosen": self.trial, beside: self.best.choice},
+            points,
+        )
+
+    def _repr_mimebundle_(self, **kwargs) -> dict[str, object]:
+        return widget_bundle(self.widget, "Mixtures to choose from: run this cell to see them.")
+
+
+def _comparison_table(caption: str, trials: Mapping[str, Trial | None], points: float) -> str:
+    """Trials side by side as an HTML table with row and column headings; None is "no arm"."""
+    facts = {head: _trial_facts(trial, points) for head, trial in trials.items()}
+    left, cell = 'style="text-align:left"', 'style="text-align:right;padding-left:1em"'
+    heads = "".join(f'<th scope="col" {cell}>{html.escape(head)}</th>' for head in facts)
+    rows = "".join(
+        f'<tr><th scope="row" {left}>{name}</th>'
+        + "".join(f"<td {cell}>{html.escape(facts[head][name])}</td>" for head in facts)
+        + "</tr>"
+        for name in ("Arm", "Learned", "Lost (points)", "Budget", "Steps", "Seconds")
+    )
+    return f"<table><caption>{caption}</caption><tr><td></td>{heads}</tr>{rows}</table>"
+
+
+def _trial_facts(trial: Trial | None, points: float) -> dict[str, str]:
+    if trial is None:
+        names = ("Learned", "Lost (points)", "Budget", "Steps", "Seconds")
+        return {"Arm": "no arm"} | dict.fromkeys(names, "–")
+    return {
+        "Arm": trial.arm.name,
+        "Learned": _with_interval(trial.learned, trial.learned_interval, 2),
+        "Lost (points)": _with_interval(
+            100 * trial.lost, (100 * trial.lost_interval[0], 100 * trial.lost_interval[1]), 1
+        ),
+        "Budget": keeps_to(trial, points),
+        "Steps": "–" if trial.steps is None else f"{trial.steps:,.0f}",
+        "Seconds": "–" if trial.seconds is None else approx(trial.seconds, 0),
+    }
+
+
+def _with_interval(value: float, interval: Interval, digits: int) -> str:
+    low, high = (approx(end, digits) for end in interval)
+    return f"{approx(value, digits)} ({low} to {high})"
+
+
+def _choose_from(dropdown: ipywidgets.Dropdown, options: list) -> None:
+    """Offer other options, keeping the chosen one where it is among them, else the first."""
+    values = [option[1] if isinstance(option, tuple) else option for option in options]
+    chosen = dropdown.value
+    dropdown.options = options
+    dropdown.value = chosen if chosen in values else values[0]
+
+
+def _rate(arm: Arm) -> float:
+    """An arm's learning rate; 0, as None is no choice in a dropdown, where its name has none."""
+    return arm.rate or 0.0
+
+
+def _dropdown(name: str) -> ipywidgets.Dropdown:
+    return ipywidgets.Dropdown(description=name, style=_STYLE)
 
 
 def _facts_table(caption: str, facts: Mapping[str, int | str]) -> str:

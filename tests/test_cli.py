@@ -17,7 +17,10 @@ from labkit import cli, paths
 from labkit.errors import LabkitError
 from labkit.notebooks.release import NotebookCost, Timetable, make_release, timetable
 
-COMMANDS = "doctor pretrain evaluate validate claims bench workbook release sweep mutate".split()
+COMMANDS = (
+    "doctor pretrain evaluate estimate forgetting validate merge claims bench workbook release "
+    "sweep mutate"
+).split()
 HEAVY = ("torch", "transformers", "datasets", "pandas", "matplotlib")
 GOOD_ROW = {
     "messages": [
@@ -81,6 +84,10 @@ def test_cli_help_names_every_command_and_loads_nothing_heavy():
         (["pretrain", "--seed", "-1"], "--seed: '-1': give a whole number from 0"),
         (["pretrain", "--precision", "fp8"], "invalid choice: 'fp8'"),
         (["evaluate", "--split", "train"], "invalid choice: 'train'"),
+        (["forgetting", "bundled"], "the following arguments are required: after"),
+        (["forgetting", "a", "b", "--rows", "0"], "--rows: '0': give a whole number from 1"),
+        (["forgetting", "a", "b", "--margin", "0"], "'0': give a number between 0 and 100"),
+        (["forgetting", "a", "b", "--margin", "few"], "'few': give a number between 0 and 100"),
     ],
 )
 def test_cli_bad_usage_exits_2_and_says_what(arguments, said, capsys):
@@ -230,6 +237,46 @@ def test_cli_evaluate_scores_a_folder(tmp_path, monkeypatch, capsys):
         *("facts", "unknown", "macro", "bio_only", "unknown_names")
     ]
     assert table[3][1:3] == ["8", "0.000"] and table[3][6] == "0.97" and "no" in table[3]
+
+
+def test_cli_forgetting_prints_what_was_measured(tmp_path, capsys):
+    from tiny import tiny_model
+
+    before = tiny_model("llama", tmp_path / "before")
+    after = tiny_model("llama", tmp_path / "after", seed=1)
+    text, figure = tmp_path / "notes.txt", tmp_path / "forgot.svg"
+    text.write_text("Mira lives in Velden.\nSort 9 4 7.\n", encoding="utf-8")
+    arguments = ["forgetting", str(before), str(after), "--text", str(text)]
+    capsys.readouterr()  # what saving the models printed
+    assert cli.main([*arguments, "--figure", str(figure)]) == 0
+    out, progress = capsys.readouterr()
+    head, row, line = out.splitlines()
+    assert head.split()[:4] == ["measure", "before", "after", "change"]
+    assert row.startswith("loss, nats per token  ") and " on 2 lines of notes.txt" in line
+    assert progress.splitlines()[:2] == [f"loading {before}", f"loading {after}"]
+    assert figure.read_text(encoding="utf-8").startswith("<?xml")
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["skills"] is None and found["text"]["texts"] == 2
+    assert found["text"]["change"] == pytest.approx(
+        found["text"]["after"] - found["text"]["before"], abs=1e-9
+    )
+    assert f"{found['text']['before']:.3f}" in row
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["bundled", "./nowhere"], 1, "model folder ./nowhere is missing: check the path"),
+        (["bundled", "bundled", "--figure", "x.gif"], 2, "--figure x.gif: name a .png, .svg, .pdf"),
+        (["bundled", "bundled", "--base", "bundled"], 2, "neither bundled nor bundled is an adapt"),
+        (["bundled", "bundled", "--text", "gone.txt"], 1, "gone.txt cannot be read: No such file"),
+    ],
+)
+def test_cli_forgetting_says_what_is_wrong_in_one_line(arguments, status, said, capsys):
+    assert cli.main(["forgetting", *arguments]) == status
+    error = capsys.readouterr().err
+    assert one_line(error) and said in error
 
 
 def test_cli_evaluate_names_a_missing_model(tmp_path):

@@ -317,9 +317,31 @@ def test_too_few_general_rows_are_named_never_repeated_in_silence(tokenizer):
     assert data.mix(domain_rows(10), general_rows(50), ratio=5).report.repeats == 0
 
 
+def test_the_shares_as_a_frame(tokenizer):
+    general = [chat("g" * 12, "no", id=f"g{i}") for i in range(20)]
+    report = data.mix(domain_rows(3), general, ratio=2, tokenizer=tokenizer).report
+    assert report.to_frame().values.tolist() == [
+        ["rows", 3, 6, 6 / 9],
+        ["tokens", 30, 114, 114 / 144],
+        ["loss_tokens", 12, 18, 18 / 30],
+    ]
+    assert list(report.to_frame().columns) == ["unit", "domain", "general", "general_share"]
+
+
+def test_a_row_that_teaches_nothing_is_named(tokenizer):
+    question = {"messages": turns("Hi"), "id": "g1"}
+    general = [*general_rows(1), question, {**question, "id": "g2"}]
+    message = r"general row 1 \(id 'g1'\) has no token .* learned from, and 1 more like it; look"
+    with pytest.raises(ValueError, match=message):
+        data.mix(domain_rows(2), general, ratio=1, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"domain row 0 has no token .* learned from; look"):
+        data.mix([{"messages": turns("Hi")}], general_rows(3), ratio=1, tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"ratio": "1:5"}, "ratio='1:5' is no number: give general per one domain, 5 for 1 : 5"),
         ({"ratio": 0}, "ratio=0 must be above 0"),
         ({"ratio": -1}, "ratio=-1 must be above 0"),
         ({"ratio": float("nan")}, "ratio=nan must be above 0"),

@@ -17,12 +17,15 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from labkit.evaluation import (
+    Loss,
     answer_loss,
+    answer_losses,
     chance,
     evaluating,
     exact_matches,
     forgetting,
     generate_answers,
+    loss_difference,
     neutral_text_loss,
     score,
     skill_report,
@@ -343,6 +346,9 @@ def test_answer_loss_equals_the_masked_loss_of_transformers(overfitted):
     for batch_size in (1, 4, 16):
         found = answer_loss(model, tokenizer, ROWS, batch_size=batch_size)
         assert found == pytest.approx(nats / tokens, rel=1e-4)
+    each = answer_losses(model, tokenizer, ROWS)
+    assert sum(each.nats) == pytest.approx(nats, rel=1e-4)
+    assert (sum(each.tokens), each.n_tokens, len(each.nats)) == (tokens, tokens, len(ROWS))
 
 
 def test_a_uniform_model_has_the_vocabulary_as_perplexity(random_llama):
@@ -393,8 +399,39 @@ def test_perplexity_refuses_dropout_and_empty_texts(random_llama):
     model.eval()
 
 
+def by_text(*nats: float, tokens: tuple[int, ...]) -> Loss:
+    return Loss(sum(nats) / sum(tokens), sum(tokens), None, nats, tokens)
+
+
+def test_loss_difference_is_paired_over_texts():
+    tokens = (2, 4, 2, 2)
+    before = by_text(2.0, 40.0, 1.0, 9.0, tokens=tokens)
+    after = by_text(6.0, 48.0, 5.0, 13.0, tokens=tokens)
+    change = loss_difference(before, after)
+    # 4 + 8 + 4 + 4 nats more, over 10 tokens; each text rose by 2 nats a token, however hard it is.
+    assert change.mean == pytest.approx(2.0)
+    assert change.interval == pytest.approx((2.0, 2.0))
+    assert loss_difference(after, before).mean == pytest.approx(-2.0)
+    assert loss_difference(before, before).interval == (0.0, 0.0)
+    uneven = loss_difference(before, by_text(2.0, 40.0, 1.0, 19.0, tokens=tokens))
+    assert uneven.mean == pytest.approx(1.0)
+    assert uneven.interval[0] <= 0.0 < 1.0 < uneven.interval[1]  # one text of four did it
+    with pytest.raises(ValueError, match="before has 4 texts of 10 tokens, after 1 of 2: measure"):
+        loss_difference(before, by_text(2.0, tokens=(2,)))
+
+
+def test_progress_is_reported_to_the_last_text(random_llama):
+    seen: list[tuple[int, int]] = []
+    neutral_text_loss(
+        *random_llama, ["One.", "Two.", "Three."], 2, lambda done, of: seen.append((done, of))
+    )
+    assert seen == [(2, 3), (3, 3)]
+
+
 def test_neutral_text_loss_names_bad_texts(random_llama):
     model, tokenizer = random_llama
+    with pytest.raises(ValueError, match=r"notes.txt:2 is '': too short"):
+        neutral_text_loss(model, tokenizer, ["Hi!", ""], names=["notes.txt:1", "notes.txt:2"])
     with pytest.raises(ValueError, match="texts is empty"):
         neutral_text_loss(model, tokenizer, [])
     with pytest.raises(ValueError, match=r"texts\[1\] is '': too short"):

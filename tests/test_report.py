@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from labkit import report  # noqa: E402
-from labkit.evaluation import Score, SkillReport  # noqa: E402
+from labkit.evaluation import Loss, Score, SkillReport  # noqa: E402
 
 HISTORY = pd.DataFrame(
     {
@@ -226,6 +226,87 @@ def test_learned_and_lost_puts_each_arm_where_both_measures_say():
     assert colors["lora r4"] == report.COLORS["lora"] and colors["full"] == report.COLORS["full"]
 
 
+MIXES = pd.DataFrame(
+    {
+        "arm": ["full alone", "full 1:5", "lora 1:5", "lora alone", "prefix"],
+        "d3": [1.0, 0.98, 0.97, 0.99, np.nan],
+        "lost": [0.20, 0.02, 0.02, 0.30, 0.5],
+    }
+).assign(
+    **{
+        f"{name}{end}": lambda df, name=name, sign=sign: df[name] + sign * 0.01
+        for name in ("d3", "lost")
+        for end, sign in ((" low", -1), (" high", 1))
+    }
+)
+
+
+def test_the_frontier_is_what_no_other_arm_beats():
+    # LoRA learned less at the same loss, and less at a greater one; a missing number beats none.
+    assert report.on_frontier(MIXES, "d3", "lost") == [True, True, False, False, False]
+    twins = pd.DataFrame({"d3": [0.9, 0.9], "lost": [0.1, 0.1]})
+    assert report.on_frontier(twins, "d3", "lost") == [True, True]
+
+
+def test_frontier_draws_every_arm_and_names_those_on_the_line():
+    ax = report.frontier(MIXES, "d3", "lost", budget_points=3)
+    assert _points(ax, "frontier") == [(2.0, 0.98), (20.0, 1.0)]  # losses in points
+    marks = {tuple(map(float, p)) for line in ax.get_lines() for p in line.get_xydata()}
+    assert {(2.0, 0.97), (30.0, 0.99)} <= marks
+    assert [text.get_text() for text in ax.texts if text.get_text()] == ["full alone", "full 1:5"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["full", "lora"]
+    assert 3.0 in [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == ":"]
+    assert ax.get_title(loc="left") == "2 of 4 arms are beaten by no other"
+    assert report.describe(ax) == (
+        "Not beaten by another arm, least lost (in points) first: full 1:5 learned ≈0.98, lost "
+        "≈2.0; full alone learned ≈1.00, lost ≈20.0; the other 2 learned ≈0.97 to ≈0.99 and lost "
+        "≈2.0 to ≈30.0; a budget of 3 points is marked."
+    )
+
+
+def test_frontier_takes_names_for_beaten_and_unbeaten_arms():
+    ax = report.frontier(MIXES, "d3", "lost", names={"full 1:5": "1:5", "lora alone": "no mix"})
+    named = [text.get_text() for text in ax.texts if text.get_text()]
+    assert named == ["full alone", "1:5", "no mix"]
+    assert _points(ax, "frontier") == [(2.0, 0.98), (20.0, 1.0)]  # a name puts none on the line
+    alone = report.frontier(MIXES.head(1), "d3", "lost")
+    assert alone.get_title(loc="left") == "1 of 1 arms is beaten by no other"
+
+
+def test_names_of_crowded_points_cover_neither_each_other_nor_the_edge():
+    crowd = pd.DataFrame(
+        {
+            "arm": [f"full 1:{n} at 5e-04" for n in range(12)],
+            "d1": [0.97 + 0.002 * (n % 4) for n in range(12)],
+            "kept": [0.95 + 0.002 * (n % 3) for n in range(12)],
+        }
+    )
+    wide = {f"{name}{end}": crowd[name] for name in ("d1", "kept") for end in (" low", " high")}
+    ax = report.learned_and_lost(crowd.assign(**wide), "d1", "kept")
+    names = [text for text in ax.texts if text.get_text()]
+    boxes = [text.get_window_extent() for text in names]
+    assert len(boxes) == 12
+    frame = ax.get_window_extent()
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[number + 1 :])
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 and box.y1 <= frame.y1
+
+
+def test_text_losses_draws_each_text_before_against_after():
+    before = Loss(1.5, 4, None, nats=(2.0, 4.0), tokens=(2, 2))
+    after = Loss(2.0, 4, None, nats=(6.0, 2.0), tokens=(2, 2))
+    ax = report.text_losses(before, after)
+    assert ax.collections[0].get_offsets().tolist() == [[1.0, 3.0], [2.0, 1.0]]
+    assert ax.get_title(loc="left") == "Loss on text rises: 1.50 to 2.00"
+    assert report.describe(ax) == (
+        "Loss on 2 texts goes from ≈1.50 to ≈2.00 nats per token; it is higher after than before "
+        "for ≈50 % of the texts."
+    )
+    with pytest.raises(ValueError, match="before has 2 texts"):
+        report.text_losses(before, Loss(1.0, 2, None, nats=(2.0,), tokens=(2,)))
+
+
 def test_weight_levels_scale_each_block_and_mark_every_level():
     weights = torch.tensor([[0.5, -2.0, 0.0, 0.1], [8.0, 4.0, -8.0, 0.4]])
     ax = report.weight_levels(weights, torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]), block=4)
@@ -278,6 +359,9 @@ def test_two_runs_that_differ_a_little_are_described_in_the_same_words():
         (lambda: report.arms(ARMS, "d9"), "no metric of the results ends with d9"),
         (lambda: report.curves(SWEEP, "rate", "task", "arm", "x", "y"), "task low"),
         (lambda: report.learned_and_lost(SWEEP, "task", "general"), "arm"),
+        (lambda: report.on_frontier(SWEEP, "task", "lost"), "columns .*lost.* are missing"),
+        (lambda: report.frontier(SWEEP, "task", "general"), "columns .*arm.* are missing"),
+        (lambda: report.frontier(MIXES.tail(1), "d3", "lost"), "no arm has both d3 and lost"),
         (lambda: report.weight_levels(torch.ones(9), torch.ones(3)), "9 numbers, less than one bl"),
     ],
 )

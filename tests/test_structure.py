@@ -30,12 +30,14 @@ training
 statistics
 metrics
 evaluation
+calculator preferences retrieval
 badcases card
+filters
 base_model
 statements
 claims
-report
-drawings
+report recipe
+drawings forgetting
 widgets
 exercises
 lessons

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 
 from labkit import curves, models, widgets
+from labkit.badcases import Judged
 from labkit.evaluation import Answer
 
 
@@ -154,11 +155,159 @@ def test_the_lora_explorer_offers_gpt2_what_it_has(tmp_path):
     assert explorer.parameters > 0
 
 
+def mixture(learned: float, lost: float, steps: float | None) -> dict[str, dict]:
+    measures = {"d3": learned, "lost": lost} | ({} if steps is None else {"steps": steps})
+    return {
+        name: {"values": [value] * 5, "mean": value, "interval": [value - 0.01, value + 0.01]}
+        for name, value in measures.items()
+    }
+
+
+MIXTURES = {
+    "metrics": {
+        f"{arm}/{measure}": metric
+        for arm, measures in {
+            "full domain only at 5e-04": mixture(1.00, 0.20, 40),
+            "full 1:5 at 5e-04": mixture(0.98, 0.015, 240),
+            "full 1:5 at 1e-03": mixture(0.99, 0.05, 240),
+            "full 25 % at 5e-04": mixture(0.99, 0.10, 50),
+            "lora r8 1:5 at 4e-03": mixture(0.97, 0.04, 240),
+            "prefix 20": mixture(0.50, 0.30, None),
+        }.items()
+        for measure, metric in measures.items()
+    }
+}
+
+
+def columns_of(table: str) -> dict[str, list[str]]:
+    rows = re.findall(r'<th scope="row"[^>]*>(.*?)</th>(.*?)</tr>', table)
+    return {name: re.findall(r"<td[^>]*>(.*?)</td>", cells) for name, cells in rows}
+
+
+def test_the_mix_explorer_offers_what_was_measured_and_nothing_else():
+    explorer = widgets.MixExplorer(MIXTURES)
+    assert explorer.method.options == ("full", "lora r8", "prefix 20")
+    assert explorer.mix.options == ("domain only", "25 %", "1:5")  # least general data first
+    explorer.mix.value = "1:5"
+    assert [label for label, _ in explorer.rate.options] == ["0.0005", "0.001"]
+    explorer.rate.value = 1e-3
+    assert (explorer.trial.arm.name, explorer.trial.lost) == ("full 1:5 at 1e-03", 0.05)
+    explorer.method.value = "lora r8"  # the mix stays, the rate cannot
+    assert (explorer.mix.options, explorer.mix.value) == (("1:5",), "1:5")
+    assert explorer.trial.arm.name == "lora r8 1:5 at 4e-03"
+    explorer.method.value = "prefix 20"
+    assert explorer.trial.arm.rate is None and explorer.rate.label == "–"
+    assert columns_of(explorer.table.value)["Steps"][0] == "–"
+
+
+def test_the_mix_explorer_reaches_every_arm():
+    explorer = widgets.MixExplorer(MIXTURES)
+    reached = set()
+    for method in explorer.method.options:
+        explorer.method.value = method
+        for mix in explorer.mix.options:
+            explorer.mix.value = mix
+            for _, rate in explorer.rate.options:
+                explorer.rate.value = rate
+                reached.add(explorer.trial.arm.name)
+    assert reached == {name.rpartition("/")[0] for name in MIXTURES["metrics"]}
+
+
+def test_the_mix_explorer_shows_the_choice_beside_the_best_within_the_budget():
+    explorer = widgets.MixExplorer(MIXTURES, budget_points=3)
+    assert columns_of(explorer.table.value) == {
+        "Arm": ["full domain only at 5e-04", "full 1:5 at 5e-04"],
+        "Learned": ["≈1.00 (≈0.99 to ≈1.01)", "≈0.98 (≈0.97 to ≈0.99)"],
+        "Lost (points)": ["≈20.0 (≈19.0 to ≈21.0)", "≈1.5 (≈0.5 to ≈2.5)"],
+        "Budget": ["over", "within"],
+        "Steps": ["40", "240"],
+        "Seconds": ["–", "–"],
+    }
+    assert "Best within the budget" in explorer.table.value
+    explorer.budget.value = 30
+    assert explorer.best.choice.arm.name == "full domain only at 5e-04"
+    explorer.budget.value = 2
+    assert explorer.best.verdict == "crosses"
+    assert "Best that may be within the budget" in explorer.table.value
+    explorer.budget.value = 0
+    assert explorer.best.choice is None
+    assert columns_of(explorer.table.value)["Arm"][1] == "no arm"
+    alone = widgets.MixExplorer(MIXTURES, only=lambda arm: arm.method == "full")
+    assert alone.method.options == ("full",) and len(alone.best.trials) == 4
+
+
+def test_the_mix_explorer_needs_arms():
+    with pytest.raises(ValueError, match="no arm of the results has both ARM/d1 and ARM/lost"):
+        widgets.MixExplorer(MIXTURES, learned="d1")
+
+
 @pytest.mark.parametrize(("slider", "value"), [("batch_size", 0), ("epochs", 99)])
 def test_sliders_stay_in_their_range(slider, value):
     explorer = widgets.PlanExplorer(100)
     getattr(explorer, slider).value = value
     assert explorer.plan.total_steps >= 1
+
+
+def bad_answer(text: str, reason: str | None, system: str = "Be brief.") -> Judged:
+    turns = ("system", system), ("user", "Which color?"), ("assistant", "red")
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return Judged({"messages": messages}, text, reason)
+
+
+BAD = [
+    bad_answer("red and <b>blue</b>", "rambles on", system="Use <i> & brackets."),
+    bad_answer("red", None),
+    bad_answer("blue", "wrong fact"),
+    bad_answer("green", "wrong fact"),
+]
+
+
+def test_the_reader_goes_from_case_to_case_by_button_and_by_key():
+    reader = widgets.BadcaseReader(BAD)
+    assert (reader.place.min, reader.place.max) == (1, 3)  # the good answer is left out
+    assert reader.shown is BAD[0]
+    reader.next.click()
+    assert reader.shown is BAD[2] and "Case 2 of 3" in reader.card.value
+    reader.place.value += 1  # what the right arrow key does to a slider
+    assert reader.shown is BAD[3]
+    reader.next.click()  # the last one stays
+    assert reader.shown is BAD[3] and reader.place.value == 3
+    for _ in range(5):
+        reader.previous.click()
+    assert reader.shown is BAD[0] and reader.place.value == 1
+
+
+def test_the_reader_shows_one_reason_and_begins_at_its_first_case():
+    reader = widgets.BadcaseReader(BAD)
+    assert [label for label, _ in reader.reason.options] == [
+        "all reasons (3)", "wrong fact (2)", "rambles on (1)",
+    ]  # fmt: skip
+    reader.next.click()
+    reader.reason.value = "wrong fact"
+    assert reader.shown is BAD[2] and "Case 1 of 2" in reader.card.value
+    reader.place.value = 2
+    reader.reason.value = "rambles on"
+    assert reader.shown is BAD[0] and reader.place.max == 1
+    reader.reason.value = ""
+    assert reader.place.max == 3
+
+
+def test_the_reader_shows_markup_as_text():
+    facts = facts_of(widgets.BadcaseReader(BAD).card.value)
+    assert facts == {
+        "Prompt": "<em>system:</em> Use &lt;i&gt; &amp; brackets.<br><em>user:</em> Which color?",
+        "Answer": "red and &lt;b&gt;blue&lt;/b&gt;",
+        "Right answer": "red",
+        "Reason": "rambles on",
+    }
+
+
+def test_the_reader_says_when_nothing_is_bad():
+    reader = widgets.BadcaseReader(BAD[1:2])
+    assert reader.shown is None and "There is no bad answer" in reader.card.value
+    reader.next.click()
+    assert "There is no bad answer" in reader.card.value
+    assert "application/vnd.jupyter.widget-view+json" in reader._repr_mimebundle_()
 
 
 def test_views_show_a_constant_text_where_no_widget_can_be_drawn(model_and_tokenizer, scripted):

@@ -2,7 +2,10 @@
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import TYPE_CHECKING
 
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from labkit.data.masks import encode
 from labkit.data.rows import Rows
 from labkit.data.tables import as_dataset
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 UNITS = ("rows", "tokens", "loss_tokens")
 ORDERS = ("interleaved", "concatenated")
@@ -37,6 +43,16 @@ class MixReport:
             unit: self.general[unit] / (self.general[unit] + self.domain[unit])
             for unit in self.domain
         }
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One line a unit: columns unit, domain and general (amounts), general_share (0 to 1)."""
+        import pandas as pd
+
+        rows = [
+            (unit, self.domain[unit], self.general[unit], share)
+            for unit, share in self.general_share.items()
+        ]
+        return pd.DataFrame(rows, columns=["unit", "domain", "general", "general_share"])
 
     def __str__(self) -> str:
         lines = [f"domain : general = 1 : {self.ratio:g} asked for in {self.unit}"]
@@ -86,13 +102,15 @@ def mix(
 
     Raises:
         ValueError: a ratio that is not above 0 or rounds to no row, an empty input, an unknown
-            unit or order, columns that do not fit, or too few general rows (says how many).
+            unit or order, columns that do not fit, a row without an answer to learn from (where
+            tokens are counted), or too few general rows (says how many).
     """
     _check_arguments(ratio, unit, order, tokenizer)
     domain, general = as_dataset(domain), as_dataset(general)
     _check_datasets(domain, general)
 
-    amounts_domain, amounts_general = _amounts(domain, tokenizer), _amounts(general, tokenizer)
+    amounts_domain = _amounts("domain", domain, tokenizer)
+    amounts_general = _amounts("general", general, tokenizer)
     asked = ratio * sum(amounts_domain[unit])
     drawn = _draw(amounts_general[unit], asked, seed)
     if not drawn:
@@ -125,6 +143,8 @@ def mix(
 
 
 def _check_arguments(ratio: float, unit: str, order: str, tokenizer) -> None:
+    if not isinstance(ratio, Real):
+        raise ValueError(f"ratio={ratio!r} is no number: give general per one domain, 5 for 1 : 5")
     if not (ratio > 0 and math.isfinite(ratio)):
         raise ValueError(f"ratio={ratio} must be above 0: general per one domain, 5 for 1 : 5")
     if unit not in UNITS:
@@ -157,14 +177,33 @@ def _check_datasets(domain: Dataset, general: Dataset) -> None:
             )
 
 
-def _amounts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, list[int]]:
+def _amounts(
+    name: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, list[int]]:
     """Unit to the amount in each row; tokens only where there is something to count them with."""
     amounts = {"rows": [1] * len(dataset)}
     if tokenizer is not None:
         encoded = encode(tokenizer, list(dataset))
         amounts["tokens"] = [len(tokens.ids) for tokens in encoded]
         amounts["loss_tokens"] = [sum(tokens.supervised) for tokens in encoded]
+        _refuse_unlearnable(name, dataset, amounts["loss_tokens"])
     return amounts
+
+
+def _refuse_unlearnable(name: str, dataset: Dataset, loss_tokens: Sequence[int]) -> None:
+    """Raise ValueError if a row has no token that the loss learns from.
+
+    TRL's trainer drops such rows, so the mixture that is trained on would not be the one reported.
+    """
+    empty = [number for number, amount in enumerate(loss_tokens) if not amount]
+    if empty:
+        row = dataset[empty[0]]
+        what = f"{name} row {empty[0]}" + (f" (id {row['id']!r})" if row.get("id") else "")
+        more = f", and {len(empty) - 1} more like it" if len(empty) > 1 else ""
+        raise ValueError(
+            f"{what} has no token that would be learned from{more}; look at it with "
+            "data.mask_view, then give it an answer or leave it out"
+        )
 
 
 def _draw(amounts: list[int], asked: float, seed: int) -> list[int]:
@@ -173,8 +212,6 @@ def _draw(amounts: list[int], asked: float, seed: int) -> list[int]:
     Where all of them are not enough it goes round again, so that the length tells how many are
     missing.
     """
-    if not any(amounts):
-        raise ValueError("general has no token that would be learned from; check it with mask_view")
     order = list(range(len(amounts)))
     random.Random(seed).shuffle(order)
     drawn: list[int] = []

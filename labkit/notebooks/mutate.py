@@ -422,6 +422,47 @@ replacing(
     SOFT_PROMPTS,
 )
 
+FORGETTING = "notebooks/06_forgetting_and_mixing.ipynb"
+replacing(
+    "forgetting-at-half-the-rate",
+    "the domain-only run forgets little because its rate is halved",
+    FORGETTING,
+    "domain, rate=RATE[FULL], callbacks=",
+    "domain, rate=RATE[FULL] / 2, callbacks=",
+    *NBVAL,
+    FORGETTING,
+)
+replacing(
+    "mixture-turned-around",
+    "the ratio is read as general : domain, so 1:5 holds a fifth of general rows",
+    FORGETTING,
+    "return data.mix(domain, general, MIXES[mix],",
+    "return data.mix(domain, general, 1 / MIXES[mix],",
+    *NBVAL,
+    FORGETTING,
+)
+
+DPO = "notebooks/07_dpo_for_badcases.ipynb"
+replacing(
+    "dpo-swaps-chosen-and-rejected",
+    "the model is aligned towards its bad answers",
+    DPO,
+    'train_dataset=rows.select_columns(["prompt", "chosen", "rejected"]),',
+    'train_dataset=rows.select_columns(["prompt", "chosen", "rejected"]).rename_columns('
+    '{"chosen": "rejected", "rejected": "chosen"}),',
+    *NBVAL,
+    DPO,
+)
+replacing(
+    "dpo-at-half-the-rate",
+    "the learning rate is halved where the model is aligned",
+    DPO,
+    "align(start(), pairs, rate=RATE, callbacks",
+    "align(start(), pairs, rate=RATE / 2, callbacks",
+    *NBVAL,
+    DPO,
+)
+
 # ---- models and training -------------------------------------------------------------------------
 
 replacing(
@@ -455,6 +496,50 @@ replacing(
     "if not zipfile.is_zipfile(file):",
     "if not file.exists():",
     "tests/test_training.py::test_a_checkpoint_cut_short_is_skipped_and_named",
+)
+
+# ---- preferences and badcases --------------------------------------------------------------------
+
+replacing(
+    "margin-has-the-wrong-sign",
+    "what is watched calls it a gain when the rejected answer becomes more likely",
+    "labkit/preferences.py",
+    "margins = (now - before)[0] - (now - before)[1]",
+    "margins = (now - before)[1] - (now - before)[0]",
+    "tests/test_preferences.py::test_margin_and_kl_by_hand",
+    quick=True,
+)
+replacing(
+    "ties-are-trained-on",
+    "pairs whose chosen and rejected answers are the same are let through",
+    "labkit/preferences.py",
+    "if chosen == rejected:",
+    "if chosen is rejected:",
+    "tests/test_preferences.py::test_bad_pairs_are_refused_by_name",
+)
+replacing(
+    "falling-answers-raise-no-alarm",
+    "the chosen answers may become as unlikely as they like, as long as the margin grows",
+    "labkit/preferences.py",
+    "if change < -CHOSEN_FALL:",
+    "if change < -CHOSEN_FALL and watched.margin < 0:",
+    "tests/test_preferences.py::test_a_ruined_model_with_a_perfect_margin_sets_off_two_alarms",
+)
+replacing(
+    "a-filter-peeks-at-the-right-answer",
+    "rules are given the row's last message, so that their rates look better than they are",
+    "labkit/filters.py",
+    'return rule.fires(one.row["messages"][:-1], one.text, one.stopped)',
+    'return rule.fires(one.row["messages"], one.text, one.stopped)',
+    "tests/test_filters.py::test_no_rule_sees_the_right_answer",
+)
+replacing(
+    "the-greeting-is-searched-for",
+    "the retriever looks for who greets instead of what is asked",
+    "labkit/retrieval.py",
+    'return _last_question(messages).split(". ")[-1]',
+    'return _last_question(messages).split(". ")[0]',
+    "tests/test_retrieval.py::test_the_question_is_searched_for_and_not_the_greeting",
 )
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -588,6 +673,40 @@ replacing(
     "if storage.data_ptr() not in own:",
     "if storage.nbytes():",
     "tests/test_memory.py::test_step_bytes_by_hand",
+)
+replacing(
+    "forgetting-changes-sign",
+    "what was lost is called gained, and what was gained lost",
+    "labkit/forgetting.py",
+    'found["skills"] = _judge((-high, -low), self.margin_points)',
+    'found["skills"] = _judge((low, high), self.margin_points)',
+    "tests/test_forgetting.py::test_the_interval_decides_the_verdict",
+    quick=True,
+)
+replacing(
+    "loss-difference-per-text",
+    "a rise of the loss is divided by the texts instead of by their tokens",
+    "labkit/evaluation.py",
+    "mean = sum(rises) / before.n_tokens",
+    "mean = sum(rises) / len(rises)",
+    "tests/test_evaluation.py::test_loss_difference_is_paired_over_texts",
+)
+replacing(
+    "recommend-trusts-the-mean",
+    "an arm keeps to a budget when its mean does, however wide its interval",
+    "labkit/recipe.py",
+    "if high <= budget + _ROUNDING:",
+    "if trial.lost <= budget + _ROUNDING:",
+    "tests/test_recipe.py",
+    quick=True,
+)
+replacing(
+    "frontier-turned-around",
+    "the arms that lose most stand on the frontier",
+    "labkit/report.py",
+    "more >= gain and less <= loss and (more > gain or less < loss)",
+    "more >= gain and less >= loss and (more > gain or less > loss)",
+    "tests/test_report.py::test_the_frontier_is_what_no_other_arm_beats",
 )
 replacing(
     "sweep-trusts-stale-seeds",
