@@ -397,7 +397,7 @@ def alarms(
     if watched.margin > 0 and change < -_NOISE:
         found.append(
             f"The margin rose to ≈{watched.margin:.2f} nats while the right answers became less "
-            "likely: the model moves away from both answers, and the accuracy does not show it."
+            "likely: the model moves away from both answers, and a margin does not show it."
         )
     if lengths is not None:
         before, now = lengths

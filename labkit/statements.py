@@ -479,7 +479,7 @@ _FORGETTING = (
     ),
     Claim(
         "plain-text-shows-forgetting",
-        "Forgetting also shows as a higher loss on plain text that nobody asked about.",
+        "Forgetting also shows clearly on plain text: its loss rises by 0.1 nats a token or more.",
         "PEFT's benchmark measures forgetting so; measured in notebook 06",
         "loss on 100 plain texts after domain-only full fine-tuning minus before, in nats per "
         "token",
@@ -497,7 +497,7 @@ _FORGETTING = (
         "Mixing 1:10 keeps at least as much as 1:5.",
         "popular guides: the more general data, the less is forgotten; bar of notebook 06",
         "general macro exact match, 1:10 minus 1:5, paired by seed, equal domain steps",
-        at_least(-0.02),
+        at_least(0.0),
     ),
     Claim(
         "mixing-leaves-the-domain-score",
@@ -530,7 +530,7 @@ _FORGETTING = (
     ),
     Claim(
         "replay-helps-the-target",
-        "Replaying general data even helps the new task.",
+        "Replaying general data even helps the new task, where that is learned well alone.",
         "replay studies report better target scores too; a trial of this course saw it",
         "exact match on the new language, 1:5 minus domain only, equal domain steps",
         at_least(0.02),
@@ -551,7 +551,7 @@ _FORGETTING = (
     ),
     Claim(
         "a-lower-rate-forgets-less",
-        "A lower learning rate forgets less.",
+        "A lower rate forgets less, full fine-tuning on the new task alone.",
         "popular guides: lower the rate against forgetting",
         "general points lost by domain-only full fine-tuning, rate 5e-4 minus rate 2e-4",
         at_least(0.02),
@@ -572,7 +572,7 @@ _FORGETTING = (
     ),
     Claim(
         "lora-forgets-less-on-d3",
-        "LoRA forgets less than full fine-tuning of as many steps.",
+        "LoRA forgets less than full fine-tuning of as many steps, both on the new task alone.",
         "Biderman et al. 2024: LoRA learns less and forgets less",
         "general points lost, domain only, full at 5e-4 minus LoRA r8 at 4e-3",
         at_least(0.02),
@@ -629,7 +629,8 @@ _FORGETTING = (
     ),
     Claim(
         "no-lever-replaces-general-data",
-        "No lever that trains on the new task alone keeps as much as mixing 1:1.",
+        "No lever that trains on the new task alone keeps as much as mixing 1:1; EWC reads old "
+        "rows once.",
         "measured in notebook 06",
         "general points lost: the least of any domain-only arm whose domain score is at most 5 "
         "points below plain domain-only training, minus 1:1",
@@ -682,7 +683,7 @@ _BADCASES = (
     ),
     Claim(
         "dpo-raises-the-good-answers",
-        "DPO raises the good answers.",
+        "DPO raises the good answers, whatever the rate and the pairs.",
         "popular guides; Razin et al. 2024, arXiv:2410.08847, found that both sides often fall",
         "change of the chosen answers of held-out pairs, nats per token, the smaller of two runs: "
         "the recipe, and a rate ten times as high on pairs that differ in one token",
@@ -698,14 +699,14 @@ _BADCASES = (
     ),
     Claim(
         "failure-arm-adds-badcases",
-        "That run leaves more bad answers than it found.",
+        "That run leaves more bad greedy answers than it found.",
         "Razin et al. 2024, arXiv:2410.08847",
         "greedy badcase rate after the failure arm minus before, test prompts",
         at_least(0.0),
     ),
     Claim(
         "dpo-accuracy-warns",
-        "The preference accuracy, TRL's rewards/accuracies, shows when a run goes wrong.",
+        "The accuracy that TRL logs on the training pairs shows when a run goes wrong.",
         "popular guides: watch the reward accuracy",
         "1 minus the accuracy that TRL logged over the last five steps of the failure arm",
         at_least(0.20),
@@ -734,7 +735,7 @@ _BADCASES = (
     ),
     Claim(
         "dpo-ties-with-sft-on-chosen",
-        "SFT on the chosen answers alone does as well as DPO on these badcases.",
+        "SFT on the chosen answers alone ties with DPO: within 3 points of bad answers.",
         "the control that few reports of DPO show; measured in notebook 07",
         "badcase rate at temperature 1, SFT on chosen minus DPO, each at its best rate, as many "
         "epochs",

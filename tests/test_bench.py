@@ -55,7 +55,7 @@ def test_bench_spreads_rows_evenly():
 
 
 def test_bench_refuses_an_unknown_part():
-    with pytest.raises(ValueError, match="part 'wheels' is unknown: use import, start, scoring"):
+    with pytest.raises(ValueError, match="part 'wheels' is unknown: use import, start, estimate"):
         bench.measure(["wheels"])
 
 

@@ -44,7 +44,7 @@ def _check_ruined(answer) -> Result:
     if names == {"B", "D"}:
         return correct(
             "B's right answers fell under a splendid margin, D grew long and far from its "
-            "reference; neither loss nor accuracy shows it"
+            "reference; neither margin nor accuracy shows it"
         )
     if names == {"C"}:
         return not_yet("C has the smallest margin: slow, but nothing of it got worse")
