@@ -553,6 +553,16 @@ def _name(setting: Any) -> str:
     return setting if isinstance(setting, str) else f"{setting:g}"
 
 
+def _arms_with_both(df: "pd.DataFrame", learned: str, other: str) -> "pd.DataFrame":
+    """The arms with both measures; ValueError if there is none, or no such column."""
+    ends = ("", " low", " high")
+    _need(df, "arm", *(f"{name}{end}" for name in (learned, other) for end in ends))
+    df = df.dropna(subset=[learned, other])
+    if df.empty:
+        raise ValueError(f"no arm has both {learned} and {other}")
+    return df
+
+
 def learned_and_lost(
     df: "pd.DataFrame", learned: str, kept: str, ax: "Axes | None" = None
 ) -> "Axes":
@@ -564,10 +574,7 @@ def learned_and_lost(
     Raises:
         ValueError: a column is missing, or no arm has both.
     """
-    _need(df, "arm", *(f"{name}{end}" for name in (learned, kept) for end in ("", " low", " high")))
-    df = df.dropna(subset=[learned, kept])
-    if df.empty:
-        raise ValueError(f"no arm has both {learned} and {kept}")
+    df = _arms_with_both(df, learned, kept)
     ax, parts, points = _axes(ax), [], []
     for row in df.to_dict("records"):
         method = _method_of(row["arm"]) or "base"
@@ -629,10 +636,7 @@ def frontier(
     Raises:
         ValueError: a column is missing, or no arm has both.
     """
-    _need(df, "arm", *(f"{name}{end}" for name in (learned, lost) for end in ("", " low", " high")))
-    df = df.dropna(subset=[learned, lost])
-    if df.empty:
-        raise ValueError(f"no arm has both {learned} and {lost}")
+    df = _arms_with_both(df, learned, lost)
     from matplotlib.lines import Line2D
 
     ax, points, line, methods = _axes(ax), [], [], {}

@@ -150,7 +150,10 @@ def test_other_public_rows(row):
     assert abs(error(row)) < (0.035 if known else 0.014)
 
 
-def test_the_bars_of_the_course_hold_over_all_rows():
+def test_the_bars_of_the_course_hold_but_for_the_one_row_that_readme_names():
+    found = [*rows("held out"), *rows("sharded")]
+    missed = [row["name"] for row in found if abs(error(row)) > 0.03]
+    assert missed == ["Mistral-7B-v0.1 qlora fp16 batch 4, transformers of 2024"]
     plain = [abs(error(row)) for row in rows("held out") if "note" not in row]
     assert statistics.median(plain) <= 0.005 and max(plain) <= 0.03
     sharded = [abs(error(row)) for row in rows("sharded")]
