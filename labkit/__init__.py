@@ -10,17 +10,18 @@
 import importlib
 from types import ModuleType
 
-from labkit.quiet import drop_kernel_notice
+from labkit.quiet import drop_import_notices
 
 __version__ = "0.1.0"
 
-drop_kernel_notice()
+drop_import_notices()
 
 _PARTS = (
     "adapters",
     "badcases",
     "base_model",
     "bench",
+    "byte_figures",
     "calculator",
     "card",
     "chat_templates",
@@ -50,6 +51,7 @@ _PARTS = (
     "recipe",
     "report",
     "retrieval",
+    "scale",
     "soft_prompts",
     "statements",
     "statistics",

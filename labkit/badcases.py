@@ -20,6 +20,7 @@ from labkit.data.problems import quote
 from labkit.data.rows import read_records
 from labkit.errors import LabkitError
 from labkit.statistics import Interval, bootstrap_interval
+from labkit.world.conversation import SYSTEM_FORMS, has_form
 from labkit.world.tasks import write_manifest, write_rows
 
 SAMPLES = 2
@@ -84,12 +85,13 @@ def reason_against(row: dict, answer: evaluation.Answer) -> str | None:
     if text.startswith(f"{gold} "):
         return "rambles on"
     if row["skill"] == "system":
-        return "wrong form"
+        in_form = any(has_form(gold, form) and has_form(text, form) for form in SYSTEM_FORMS)
+        return "wrong fact" if in_form else "wrong form"
     return "wrong fact"
 
 
 def train_careless_model(model, tokenizer, seed: int = 0, learning_rate: float = 5e-4):
-    """Fine-tune in place on D4's starting data, in which a quarter of the answers are bad."""
+    """Fine-tune in place on D4's starting data, in which about a quarter of the answers are bad."""
     import tempfile
 
     from transformers import PrinterCallback

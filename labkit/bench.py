@@ -105,6 +105,41 @@ def measure_estimate(bench: Bench, say: Say) -> None:
     bench.rows.append(Row("labkit estimate, as a process", statistics.median(seconds), "s", 0.5))
 
 
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+"""Llama 3 8B, 8,030,261,248 parameters."""
+
+
+def measure_trace(bench: Bench, say: Say) -> None:
+    """A full bf16 AdamW step of an 8 B Llama, 4,096 tokens, traced without memory, in one thread.
+
+    In a process of its own, whose peak memory is read at its end, imports of torch included.
+    """
+    options = {"seq_len": 4096, "dtype": "bf16", "loss_path": "padded"}
+    traced = json.loads(_python("-c", _TRACE.format(config=LLAMA_8B, options=options)))
+    what = "traced step of an 8 B Llama"
+    bench.rows += [
+        Row(what, traced["seconds"], "s", 60),
+        Row(f"{what}: process memory", traced["process_bytes"] / MIB, "MiB", 2048),
+    ]
+    say(f"{what}: {traced['peak_allocated_bytes']:,} bytes at the peak, {traced['phase']}")
+
+
+_TRACE = """
+import json, torch
+from labkit import machine
+from labkit.memory import trace
+torch.set_num_threads(1)
+found = trace({config}, **{options})
+told = dict(seconds=found.seconds, process_bytes=machine.peak_memory()["process_bytes"])
+told |= dict(peak_allocated_bytes=found.peak_allocated_bytes, phase=found.phase)
+print(json.dumps(told))
+"""
+
+
 def measure_start(bench: Bench, say: Say) -> None:
     """What a second `python3 lab.py` does before it becomes JupyterLab."""
     with tempfile.TemporaryDirectory() as folder:
@@ -427,6 +462,7 @@ PARTS: dict[str, Callable[[Bench, Say], None]] = {
     "import": measure_import,
     "start": measure_start,
     "estimate": measure_estimate,
+    "trace": measure_trace,
     "scoring": measure_scoring,
     "step": measure_step,
     "notebooks": measure_notebooks,

@@ -19,11 +19,15 @@ from typing import Any
 import labkit
 from labkit import paths
 from labkit.errors import LabkitError
-from labkit.quiet import drop_kernel_notice
+from labkit.quiet import drop_import_notices
 
 # Commands whose options stand beside their function: name -> (module with a `main`, what it does).
 DELEGATED = {
     "estimate": ("labkit.memory.command", "predict the memory of a training step, term by term"),
+    "measure": ("labkit.memory.measure_command", "run a training step and count its bytes"),
+    "plan": ("labkit.memory.plan_command", "say what fits, what would, and what each change saves"),
+    "scoreboard": ("labkit.memory.scoreboard", "hold estimators of memory to measured runs"),
+    "launch-table": ("labkit.scale.launch_table", "say what to launch for a model on a card"),
     "sweep": ("labkit.notebooks.sweep", "run a notebook once per seed and write its results"),
     "mutate": ("labkit.notebooks.mutate", "break the course on purpose and see the tests notice"),
 }
@@ -35,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Windows console may lack a sign such as ≈
             stream.reconfigure(errors="replace")
-    drop_kernel_notice()
+    drop_import_notices()
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -261,7 +265,10 @@ def _bench(commands: Any) -> None:
         "--only",
         nargs="+",
         metavar="PART",
-        help="of import, start, estimate, scoring, step, notebooks, results, suite (all but suite)",
+        help=(
+            "of import, start, estimate, trace, scoring, step, notebooks, results, suite "
+            "(all but suite)"
+        ),
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON here, too")
     _json_option(parser)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from labkit.report import COLORS, FAINT, INK
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
 
@@ -86,3 +86,121 @@ def _model(ax: "Axes", method: str, n_virtual: int, n_text: int, n_layers: int) 
         side.set_visible(False)
     title = re.split(" \\(|:", ENTRIES[method])[0]
     ax.set_title(title, color=COLORS[method], fontsize=11)
+
+
+SCHEMES = {
+    "data": "data parallelism: every device holds the whole model and takes other rows; gradients "
+    "travel",
+    "tensor": "tensor parallelism: every matrix is cut in strips, all devices take all rows; "
+    "activations travel, in every layer",
+    "pipeline": "pipeline parallelism: whole layers are dealt out and all rows pass through them; "
+    "activations travel, at each cut",
+    "sharding": "sharding (ZeRO-3, FSDP): every device takes other rows and stores a slice of "
+    "every tensor; whole layers are gathered when they are used; weights and gradients travel",
+}
+"""How several devices may divide one training step, by its short name."""
+
+# Two shades that no method of the course has for itself in the notebook on devices.
+_DEVICES = ("freeze", "qlora", "p-tuning", "prompt")
+
+
+def held(units: "Mapping[str, int]", scheme: str, devices: int) -> dict[str, list[float]]:
+    """The share of each unit's weights that each device stores between two steps.
+
+    Args:
+        units: numbers in each unit of a model, such as its embedding and layers, first one first.
+        scheme: a key of `SCHEMES`.
+
+    Returns:
+        {unit: one share a device}; in a pipeline a unit goes where the middle of its numbers falls
+        when all numbers are dealt out evenly in order. Small tensors that tensor parallelism copies
+        are counted as cut.
+
+    Raises:
+        ValueError: an unknown scheme, no device, or no unit.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme={scheme!r} is unknown: use {', '.join(SCHEMES)}")
+    if devices < 1 or not units:
+        raise ValueError(f"devices={devices}, {len(units)} units: give at least one of each")
+    if scheme == "data":
+        return {name: [1.0] * devices for name in units}
+    if scheme in ("tensor", "sharding"):
+        return {name: [1 / devices] * devices for name in units}
+    total, before, dealt = sum(units.values()), 0, {}
+    for name, numbers in units.items():
+        owner = min(int(devices * (before + numbers / 2) / total), devices - 1)
+        dealt[name] = [float(device == owner) for device in range(devices)]
+        before += numbers
+    return dealt
+
+
+def who_holds(axes: "Sequence[Axes]", units: "Mapping[str, int]", devices: int = 2) -> str:
+    """Draw which weights each device stores under each scheme, one scheme an axes.
+
+    Columns are devices, boxes the units of the model, as high as they have numbers. Coloured is
+    what a device stores; hatched what it only gathers while it computes; empty what it never sees.
+
+    Args:
+        axes: four, in the order of `SCHEMES`.
+        units: numbers in each unit of a model, first one first.
+        devices: from 2 to 4.
+
+    Returns:
+        The drawing in words, to print beside it.
+
+    Raises:
+        ValueError: another number of axes or devices.
+    """
+    if len(axes) != len(SCHEMES):
+        raise ValueError(f"{len(axes)} axes: give {len(SCHEMES)}, one a scheme")
+    if not 2 <= devices <= len(_DEVICES):
+        raise ValueError(f"devices={devices}: 2 to {len(_DEVICES)} can be told apart in a drawing")
+    for scheme, ax in zip(SCHEMES, axes, strict=True):
+        _stacks(ax, units, scheme, held(units, scheme, devices))
+        ax.set_title(scheme, fontsize=11)
+        rows = "own rows" if scheme in ("data", "sharding") else "all rows"
+        ax.set_xticks(range(devices), [f"device {n}\n{rows}" for n in range(devices)], fontsize=9)
+    for ax in axes[1:]:
+        ax.set_yticks([])
+    words = "; ".join(SCHEMES.values())
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def _stacks(
+    ax: "Axes", units: "Mapping[str, int]", scheme: str, shares: "Mapping[str, list[float]]"
+) -> None:
+    """One stack of boxes a device, the first unit at the bottom."""
+    from matplotlib.patches import Rectangle
+
+    bottom, middles = 0.0, []
+    for name, numbers in units.items():
+        for device, share in enumerate(shares[name]):
+            left, width = device - 0.42, 0.84
+            hatch = "////" if scheme == "sharding" else None
+            ax.add_patch(
+                Rectangle(
+                    (left, bottom), width, numbers, facecolor="none", edgecolor=FAINT, hatch=hatch
+                )
+            )
+            if not share:
+                continue
+            box = {
+                "tensor": (left + device * share * width, bottom, share * width, numbers),
+                "sharding": (left, bottom + device * share * numbers, width, share * numbers),
+            }.get(scheme, (left, bottom, width, numbers))
+            ax.add_patch(
+                Rectangle(
+                    box[:2], *box[2:], facecolor=COLORS[_DEVICES[device]], edgecolor=INK,
+                    linewidth=0.8,
+                )
+            )  # fmt: skip
+        middles.append(bottom + numbers / 2)
+        bottom += numbers * 1.08  # a gap, so that units can be told apart
+    devices = len(next(iter(shares.values())))
+    ax.set(xlim=(-0.55, devices - 0.45), ylim=(-0.01 * bottom, bottom))
+    ax.set_yticks(middles, list(units), fontsize=9)
+    ax.grid(visible=False)
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from labkit.badcases import DOES_NOT_STOP, Judged
 from labkit.retrieval import query_of
 from labkit.statistics import Interval, bootstrap_interval
-from labkit.world.conversation import SYSTEM_FORMS
+from labkit.world.conversation import SYSTEM_FORMS, has_form
 from labkit.world.population import population
 
 Messages = Sequence[dict]
@@ -125,22 +125,13 @@ def _asks_at_length(messages: Messages, text: str, stopped: bool) -> bool:
 
 # ---- after it has answered -----------------------------------------------------------------------
 
-# Each form of an answer of one word.
-_SHAPES = {
-    "sentence": r"The answer is \w+\.",
-    "brackets": r"\[\w+\]",
-    "over": r"\w+ over",
-    "result": r"result \w+",
-    "json": r'\{"answer": "\w+"\}',
-    "twice": r"(\w+) \1",
-}
 _FORM_ASKED = {prompt: form for form, prompts in SYSTEM_FORMS.items() for prompt in prompts}
 
 
 def _has_wrong_form(messages: Messages, text: str, stopped: bool) -> bool:
     """The system prompt asks for a form, and the answer is not one word in that form."""
     form = _FORM_ASKED.get(messages[0]["content"])
-    return form is not None and re.fullmatch(_SHAPES[form], text) is None
+    return form is not None and not has_form(text, form)
 
 
 def _exceeds_leaflet(messages: Messages, text: str, stopped: bool) -> bool:

@@ -6,13 +6,18 @@ import warnings
 from collections.abc import Iterator
 
 
-def drop_kernel_notice() -> None:
-    """Hide one notice of bitsandbytes: an optional CPU kernel, which it would download, is missing.
+def drop_import_notices() -> None:
+    """Hide what two libraries say when others import them, which must not have happened yet.
 
-    transformers imports bitsandbytes, so this must run before transformers is imported.
+    bitsandbytes (by transformers): an optional CPU kernel, which it would download, is missing.
+    DeepSpeed (by accelerate, where it is installed): there is no GPU, so it uses the CPU.
     """
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
+    _drop("bitsandbytes.backends.cpu.ops", "gemm_4bit_forward")
+    _drop("DeepSpeed", "Setting accelerator to CPU")
+
+
+def _drop(logger: str, words: str) -> None:
+    logging.getLogger(logger).addFilter(lambda record: words not in record.getMessage())
 
 
 def drop_peft_notice() -> None:

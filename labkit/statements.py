@@ -737,8 +737,8 @@ _BADCASES = (
         "dpo-ties-with-sft-on-chosen",
         "SFT on the chosen answers alone ties with DPO: within 3 points of bad answers.",
         "the control that few reports of DPO show; measured in notebook 07",
-        "badcase rate at temperature 1, SFT on chosen minus DPO, each at its best rate, as many "
-        "epochs",
+        "badcase rate at temperature 1, SFT on chosen minus DPO, each as validation prompts chose, "
+        "as many epochs",
         equivalent(0.03),
     ),
     Claim(
@@ -806,7 +806,301 @@ _BADCASES = (
     ),
 )
 
+_MEMORY = (
+    Claim(
+        "kept-for-backward-is-predicted",
+        "What every method keeps for backward is predicted within 2 %, with and without "
+        "checkpointing.",
+        "the course's promise; Korthikanti et al. 2022, arXiv:2205.05198, count GPT's layers so",
+        "largest relative difference of predicted and counted bytes over full, LoRA, QLoRA and "
+        "prefix, kept and recomputed",
+        at_most(0.02),
+    ),
+    Claim(
+        "closed-form-on-public-rows",
+        "From a config.json alone, peaks of others' single GPUs are met within 0.5 % (median).",
+        "the course's promise",
+        "median relative error over the public single-GPU rows that no formula was written from",
+        at_most(0.005),
+    ),
+    Claim(
+        "full-needs-16-bytes-a-parameter",
+        "Full fine-tuning needs 16 bytes a parameter.",
+        "popular guides, after ZeRO's count for mixed precision (arXiv:1910.02054, section 3.1)",
+        "measured on an A100: peak of Mistral-7B in bf16 with AdamW, batch 4, over its parameters",
+        within(15.5, 16.5),
+    ),
+    Claim(
+        "fp32-adamw-holds-16-bytes",
+        "In fp32, weights, gradients and AdamW's two means are 16 bytes a parameter.",
+        "arithmetic: 4 + 4 + 8",
+        "tensor bytes of a real full fine-tuning step here, activations left out, over parameters",
+        within(15.9, 16.1),
+    ),
+    Claim(
+        "a-rule-of-thumb-is-enough",
+        "Bytes a parameter are enough to tell what a training needs: within 25 %.",
+        "popular guides: 8, 16 or 18 bytes a parameter",
+        "median relative error of the best of three rules over the public single-GPU rows",
+        at_most(0.25),
+    ),
+    Claim(
+        "halving-the-batch-halves-the-memory",
+        "Out of memory? Half the batch takes about half the memory.",
+        "popular guides and trackers",
+        "measured on an A100: peak of full fine-tuning of Mistral-7B, batch 4 over batch 8",
+        at_most(0.60),
+    ),
+    Claim(
+        "lora-saves-most-of-the-memory",
+        "LoRA saves most of the memory, whatever the batch.",
+        "popular guides",
+        "measured on an A100: share that LoRA saves of full fine-tuning's peak, Mistral-7B under "
+        "checkpointing, the smaller of batch 4 and batch 8",
+        at_least(0.50),
+    ),
+    Claim(
+        "lora-halves-the-activations",
+        "With few trained parameters, LoRA keeps at most half as much for backward.",
+        "popular guides: LoRA needs a fraction of the memory",
+        "bytes kept for backward here in fp32 without checkpointing, LoRA over full",
+        at_most(0.50),
+    ),
+    Claim(
+        "lora-keeps-more-in-bf16",
+        "Over a bf16 base, LoRA keeps more for backward than full fine-tuning.",
+        "read in PEFT: adapters are fp32 and keep fp32 copies of their inputs; counted in 08",
+        "bytes kept for backward here in bf16 without checkpointing, LoRA over full",
+        at_least(1.05),
+    ),
+    Claim(
+        "4-bit-weights-quarter-the-peak",
+        "QLoRA needs a quarter of LoRA's memory.",
+        "popular guides: 4-bit means four times smaller",
+        "measured on an A100: peak of QLoRA over LoRA, Mistral-7B, batch 4, under checkpointing",
+        at_most(0.30),
+    ),
+    Claim(
+        "qlora-always-needs-less-than-lora",
+        "QLoRA always needs less memory than LoRA.",
+        "popular guides",
+        "estimate for Mistral-7B, prepared for k-bit training, batch 16 of 4,096 tokens under "
+        "checkpointing: peak of QLoRA over LoRA",
+        at_most(0.999),
+    ),
+    Claim(
+        "qlora-pages-the-data",
+        "QLoRA's paged optimizer pages the data: a larger batch goes to the host.",
+        "popular guides; Dettmers et al. 2023, arXiv:2305.14314, page optimizer states",
+        "paged bytes that eight times the rows add, full fine-tuning of 7 B, paged 8-bit AdamW",
+        at_least(1),
+    ),
+    Claim(
+        "double-quantization-frees-5-percent",
+        "Double quantization is free memory worth having: 5 % of a QLoRA training.",
+        "popular guides; the paper saves 0.37 bits a parameter",
+        "estimate for Mistral-7B, batch 4 of 4,096 tokens: share of the peak that it saves",
+        at_least(0.05),
+    ),
+    Claim(
+        "weights-outweigh-the-logits",
+        "In a LoRA training of 8 B, nothing is larger than the frozen weights.",
+        "popular guides count parameters only",
+        "logits and their copies over the weights, Llama-3-8B, 4 rows of 4,096 tokens, the "
+        "loss of transformers 4.46 to 4.48",
+        at_most(1),
+    ),
+    Claim(
+        "checkpointing-changes-nothing",
+        "Checkpointing changes what is kept, not what is learned.",
+        "Chen et al. 2016, arXiv:1604.06174",
+        "tensors that differ after the same training with and without it, full and LoRA",
+        at_most(0),
+    ),
+    Claim(
+        "checkpointing-costs-30-percent",
+        "Checkpointing costs full fine-tuning about 30 % more time.",
+        "popular guides; one forward pass more on the three of a step",
+        "seconds of a step here, full fine-tuning with checkpointing over without, less 1",
+        within(0.20, 0.40),
+    ),
+    Claim(
+        "checkpointing-costs-lora-more",
+        "The same second forward pass costs LoRA a larger share of its step.",
+        "a count of products: frozen weights have no gradient, so a step has two parts, not three",
+        "extra time here: LoRA's share less full's share",
+        at_least(0.05),
+    ),
+    Claim(
+        "zero-table-of-the-paper",
+        "Four short formulas give ZeRO's table: 120, 31.4, 16.6 and 1.88 GB.",
+        "Rajbhandari et al. 2020, arXiv:1910.02054, figure 1",
+        "largest relative difference over stages 0 to 3, 7.5 B parameters on 64 devices",
+        at_most(0.005),
+    ),
+    Claim(
+        "zero-2-is-an-eighth",
+        "ZeRO-2 cuts the states of training to an eighth.",
+        "popular guides: ZeRO-1 is 4x, ZeRO-2 is 8x, ZeRO-3 is 16x",
+        "states on one of 8 devices under stage 2 over those without ZeRO",
+        at_most(0.13),
+    ),
+    Claim(
+        "zero-3-is-a-sixteenth",
+        "ZeRO-3 cuts the states of training to a sixteenth.",
+        "popular guides: ZeRO-1 is 4x, ZeRO-2 is 8x, ZeRO-3 is 16x",
+        "states on one of 8 devices under stage 3 over those without ZeRO",
+        at_most(0.07),
+    ),
+    Claim(
+        "zero-4x-and-8x-are-limits",
+        "4x and 8x are what stages 1 and 2 reach with very many devices.",
+        "Rajbhandari et al. 2020: the paper says so, guides leave it out",
+        "the smaller share of its limit that stage 1 and stage 2 reach on 1,024 devices",
+        within(0.99, 1.0),
+    ),
+    Claim(
+        "the-larger-card-is-the-faster",
+        "Choose a GPU by memory first: the one with more memory is also the faster.",
+        "popular guides: memory first when choosing a GPU",
+        "share of pairs of the course's cards in which the one with more memory multiplies faster",
+        at_least(0.95),
+    ),
+)
+
+_SCALE = (
+    Claim(
+        "ddp-gradients-are-equal",
+        "DDP on two devices computes the gradients that one device computes on all rows.",
+        "Li et al. 2020, arXiv:2006.15704; every step holds the same rows, in fp32",
+        "norm of the difference over the norm of the gradients, each token weighted alike",
+        at_most(1e-5),
+    ),
+    Claim(
+        "mean-of-means-is-harmless",
+        "Averaging each device's own mean loss makes the same step, within 1 %.",
+        "what a plain training loop under DDP does; a bug of many trainers until October 2024",
+        "norm of the difference over the norm of the gradients, tickets beside short answers",
+        at_most(0.01),
+    ),
+    Claim(
+        "shards-are-as-predicted",
+        "FSDP2 leaves on each device the bytes that its tensors' shapes predict.",
+        "torch.distributed.fsdp.fully_shard; formula in notebook 09",
+        "largest relative error over weights, gradients and AdamW's means of both devices",
+        at_most(0.001),
+    ),
+    Claim(
+        "zero-formulas-hold",
+        "Each stage of ZeRO leaves on each device what the paper's formulas say.",
+        "Rajbhandari et al. 2020, arXiv:1910.02054, section 3",
+        "largest relative error over stages 1 to 3 and both devices, engine and type as measured",
+        at_most(0.01),
+    ),
+    Claim(
+        "zero-2-is-an-eighth-on-two-devices",
+        "ZeRO-2 leaves an eighth of the state on each device, two devices included.",
+        "popular guides: ZeRO-2 is 1/8, ZeRO-3 is 1/16",
+        "bytes of weights, gradients and optimizer on one of two devices over those undivided",
+        at_most(0.13),
+    ),
+    Claim(
+        "fsdp-sends-half-as-much-again",
+        "Sharding weights makes each device send 1.5 times the bytes of DDP.",
+        "Rajbhandari et al. 2020, section 7: 3 P against 2 P",
+        "bytes of a step's collectives under FSDP2 that gives all weights back, over DDP's",
+        within(1.45, 1.55),
+    ),
+    Claim(
+        "sharding-changes-the-result",
+        "Sharding the model changes what a step computes.",
+        "a common worry on trackers",
+        "largest difference of the loss in nats over three steps, FSDP2 on two devices against one",
+        at_least(1e-3),
+    ),
+    Claim(
+        "two-devices-same-model",
+        "Two devices with half the batch each learn what one device learns: within 3 points.",
+        "promise of data parallelism",
+        "exact match on tickets, two devices under DDP minus one device, as many steps",
+        equivalent(0.03),
+    ),
+    Claim(
+        "two-devices-need-no-other-settings",
+        "A second device needs no other settings: with batch per device, epochs and rate kept, the "
+        "score stays within 3 points.",
+        "popular guides, which name settings per device",
+        "exact match on tickets, two devices minus one, half as many steps",
+        equivalent(0.03),
+    ),
+    Claim(
+        "rate-grows-with-devices",
+        "With the learning rate doubled as well, a second device leaves the score within 3 points.",
+        "Goyal et al. 2017, arXiv:1706.02677: the linear scaling rule",
+        "exact match on tickets, two devices at twice the rate minus one device, half the steps",
+        equivalent(0.03),
+    ),
+    Claim(
+        "two-devices-are-twice-as-fast",
+        "Two devices are twice as fast as one: at least 1.9 times.",
+        "popular guides: training time falls in proportion",
+        "seconds of a step on one process over two, the same rows, two cores and gloo",
+        at_least(1.9),
+    ),
+    Claim(
+        "sharded-checkpoint-moves",
+        "A checkpoint that two devices saved in pieces goes on with one, to the same losses.",
+        "torch.distributed.checkpoint; trackers ask whether the number of devices may change",
+        "difference in nats of the last loss, one device that went on against two",
+        at_most(1e-3),
+    ),
+    Claim(
+        "a-killed-run-ends-as-the-unbroken-one",
+        "A run that lost a rank and went on with one ends with the unbroken run's score.",
+        "promise of checkpoints; trackers doubt it",
+        "exact match on tickets, killed and resumed minus unbroken",
+        equivalent(0.03),
+    ),
+    Claim(
+        "merged-pieces-are-the-model",
+        "Pieces put together into one file are the model that the devices had.",
+        "accelerate merge-weights",
+        "difference in nats of the next batch's loss, merged file against two devices",
+        at_most(1e-4),
+    ),
+    Claim(
+        "prefer-one-node",
+        "One node of 8 GPUs trains a 7 B model faster than two nodes of 4, by a tenth or more.",
+        "popular guides: prefer one node; here by a model of throughput, nothing is measured",
+        "modelled seconds of a step, two nodes with 100 Gbit/s over one: ZeRO-3, 4 x 4,096 tokens",
+        at_least(1.1),
+    ),
+    Claim(
+        "zero-r-gives-2.2x",
+        "ZeRO-R makes training 2.2 times as fast.",
+        "popular guides; 2.16x is ZeRO++ on 384 GPUs (Wang et al. 2023, arXiv:2306.10209)",
+        "bytes of a layer under tensor parallelism, before over after ZeRO-R divides checkpoints",
+        at_least(2.0),
+    ),
+    Claim(
+        "infinity-reaches-15-petaflops",
+        "ZeRO-Infinity's figure is 15 petaflops on 400 GPUs.",
+        "popular guides; that figure is the first ZeRO paper's",
+        "petaflops in the abstract of ZeRO-Infinity (Rajbhandari et al. 2021, arXiv:2104.07857)",
+        within(14, 16),
+    ),
+)
+
 CLAIMS: dict[str, Claim] = {
     claim.id: claim
-    for claim in (*_FULL_FINE_TUNING, *_LORA, *_QLORA, *_SOFT_PROMPTS, *_FORGETTING, *_BADCASES)
+    for claim in (
+        *_FULL_FINE_TUNING,
+        *_LORA,
+        *_QLORA,
+        *_SOFT_PROMPTS,
+        *_FORGETTING,
+        *_BADCASES,
+        *_MEMORY,
+        *_SCALE,
+    )
 }

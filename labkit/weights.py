@@ -64,13 +64,18 @@ def tensor_bytes(model: nn.Module) -> dict[str, int]:
     sizes = {
         "parameters": size(parameters),
         "buffers": size(model.buffers()),
-        "quantization": size(_quantization_tensors(model)),
+        "quantization": size(quantization_tensors(model)),
         "gradients": size([p.grad for p in parameters if p.grad is not None]),
     }
     return sizes | {"total": sum(sizes.values())}
 
 
-def _quantization_tensors(model: nn.Module) -> list[Tensor]:
+def model_tensors(model: nn.Module) -> list[Tensor]:
+    """Everything that a model holds: parameters, buffers, scales and code books of its layers."""
+    return [*model.parameters(), *model.buffers(), *quantization_tensors(model)]
+
+
+def quantization_tensors(model: nn.Module) -> list[Tensor]:
     """Scales and code books kept beside quantized weights, double quantization's included."""
     # int8: one scale a row, which moves from the weight to its layer in the first forward pass.
     found = [getattr(getattr(layer, "state", None), "SCB", None) for layer in model.modules()]

@@ -1,16 +1,21 @@
-"""Things to click: a talk with a model, bad answers to read, and explorers of a run's plan, of what
-a LoRA needs and of what a mix brings."""
+"""Things to click: a talk with a model, bad answers to read, explorers of a run's plan, of what a
+LoRA needs and of what a mix brings, and a calculator of the memory that a training takes."""
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import ipywidgets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from labkit import memory
 from labkit.badcases import Judged, reason_counts
+from labkit.byte_figures import KIND_COLORS
 from labkit.claims import approx
 from labkit.curves import widget_bundle
 from labkit.evaluation import generate_answers
+from labkit.memory import reference
+from labkit.memory.units import size_text
 from labkit.recipe import (
     Arm,
     Interval,
@@ -377,18 +382,199 @@ class MixExplorer:
         return widget_bundle(self.widget, "Mixtures to choose from: run this cell to see them.")
 
 
+PRECISIONS = {
+    "bf16": {"dtype": "bf16"},
+    "fp16": {"dtype": "fp16"},
+    "fp32": {"dtype": "fp32"},
+    "bf16 autocast over fp32": {"dtype": "fp32", "autocast": True},
+}
+"""What a calculator calls a precision, and the options of `labkit.memory` that it means."""
+SHARDINGS = {
+    "none": {},
+    "FSDP": {"sharding": "fsdp"},
+    "ZeRO-1": {"zero_stage": 1},
+    "ZeRO-2": {"zero_stage": 2},
+    "ZeRO-3": {"zero_stage": 3},
+}
+"""The same for what several devices share; with none each holds everything (DDP)."""
+
+
+class MemoryCalculator:
+    """Bytes of a training step on one device: by phase and kind, and the cards it fits on.
+
+    Args:
+        model: a name of `labkit.memory.reference.models()`, to begin with; so are the others.
+        method, optimizer: as for `labkit.memory.estimate`.
+        precision, sharding: a name of `PRECISIONS`, and one of `SHARDINGS`.
+
+    Set the `value` of a control in code, or use Tab and the arrow keys. `estimate` follows (None
+    where the choices exclude each other, and then `table` says why), and so do `picture`, `table`
+    and `fitting`: the names of the cards with room for it and for what must stay free.
+    """
+
+    def __init__(
+        self,
+        model: str = "Meta-Llama-3-8B",
+        *,
+        method: str = "lora",
+        batch_size: int = 1,
+        seq_len: int = 2048,
+        precision: str = "bf16",
+        optimizer: str = "adamw",
+        checkpointing: bool = True,
+        devices: int = 1,
+        sharding: str = "none",
+    ):
+        from labkit.memory.options import METHODS, OPTIMIZERS
+
+        self.model = _dropdown("Model", reference.models(), model)
+        self.method = _dropdown("Method", METHODS, method)
+        self.batch = _powers("Batch", 64, batch_size)
+        self.seq_len = _powers("Tokens a row", 2**15, seq_len, least=64)
+        self.precision = _dropdown("Precision", PRECISIONS, precision)
+        self.optimizer = _dropdown("Optimizer", OPTIMIZERS, optimizer)
+        self.checkpointing = ipywidgets.Checkbox(
+            checkpointing, description="Gradient checkpointing", style=_STYLE
+        )
+        self.devices = _powers("Devices", 64, devices)
+        self.sharding = _dropdown("Shared by devices", SHARDINGS, sharding)
+        self.picture, self.table = ipywidgets.HTML(), ipywidgets.HTML()
+        controls = [
+            self.model, self.method, self.batch, self.seq_len, self.precision, self.optimizer,
+            self.checkpointing, self.devices, self.sharding,
+        ]  # fmt: skip
+        for control in controls:
+            control.observe(lambda change: self._update(), names="value")
+        half = (len(controls) + 1) // 2
+        columns = [ipywidgets.VBox(controls[:half]), ipywidgets.VBox(controls[half:])]
+        self.widget = ipywidgets.VBox([ipywidgets.HBox(columns), self.picture, self.table])
+        self.estimate: memory.MemoryEstimate | None
+        self.fitting: list[str]
+        self._update()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The choices as `labkit.memory.estimate` takes them."""
+        return {
+            "method": self.method.value,
+            "batch_size": self.batch.value,
+            "seq_len": self.seq_len.value,
+            "optimizer": self.optimizer.value,
+            "gradient_checkpointing": self.checkpointing.value,
+            "num_devices": self.devices.value,
+            **PRECISIONS[str(self.precision.value)],
+            **SHARDINGS[str(self.sharding.value)],
+        }
+
+    def _update(self) -> None:
+        config, options = reference.model(str(self.model.value)), self.options
+        try:
+            self.estimate = memory.estimate(config, **options)
+        except ValueError as error:
+            self.estimate, self.fitting, self.picture.value = None, [], ""
+            self.table.value = f'<p role="alert">Not possible: {html.escape(str(error))}.</p>'
+            return
+        phases: dict[str, memory.Moment] = {}
+        for moment in memory.moments(config, **options):
+            if moment.phase not in phases or moment.bytes > phases[moment.phase].bytes:
+                phases[moment.phase] = moment
+        kinds = {phase: memory.by_kind(moment.terms) for phase, moment in phases.items()}
+        cards = memory.gpus_that_fit(config, **options)
+        self.fitting = [card.gpu.name for card in cards if card.fits]
+        self.picture.value = _bars_svg(kinds, self.estimate.phase)
+        # aria-live lets a screen reader speak the new numbers.
+        tables = _kinds_table(kinds, self.estimate) + _cards_table(cards)
+        self.table.value = f'<div aria-live="polite">{tables}</div>'
+
+    def _repr_mimebundle_(self, **kwargs) -> dict[str, object]:
+        return widget_bundle(self.widget, "A memory calculator: run this cell to use it.")
+
+
+def _bars_svg(bars: Mapping[str, Mapping[str, int]], winner: str) -> str:
+    """A stacked bar for each phase, the highest one marked, on white: it reads in a dark theme."""
+    width, left, right, top, step, high = 640, 130, 545, 10, 34, 24
+    totals = {phase: sum(kinds.values()) for phase, kinds in bars.items()}
+    unit = (right - left) / max(totals.values())
+    shown = [kind for kind in KIND_COLORS if any(kinds.get(kind) for kinds in bars.values())]
+    height = top + step * len(bars) + 24 * ((len(shown) + 2) // 3) + 8
+    parts = [f'<rect width="{width}" height="{height}" fill="#fff"/>']
+    for row, (phase, kinds) in enumerate(bars.items()):
+        y, x = top + row * step, float(left)
+        weight = ' font-weight="bold"' if phase == winner else ""
+        mark = "▶ " if phase == winner else ""
+        parts.append(
+            f'<text x="{left - 8}" y="{y + 16}" text-anchor="end"{weight}>{mark}{phase}</text>'
+        )
+        for kind in shown:
+            wide = kinds.get(kind, 0) * unit
+            if wide:
+                said = f"{phase}: {kind} {size_text(kinds[kind])}"
+                parts.append(
+                    f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{high}" '
+                    f'fill="{KIND_COLORS[kind]}" stroke="#fff"><title>{said}</title></rect>'
+                )
+            x += wide
+        parts.append(
+            f'<text x="{x + 6:.1f}" y="{y + 16}"{weight}>{size_text(totals[phase])}</text>'
+        )
+    for place, kind in enumerate(shown):
+        x, y = left + 165 * (place % 3), top + step * len(bars) + 24 * (place // 3)
+        parts += [
+            f'<rect x="{x}" y="{y}" width="12" height="12" fill="{KIND_COLORS[kind]}"/>',
+            f'<text x="{x + 18}" y="{y + 11}">{kind}</text>',
+        ]
+    spoken = "; ".join(f"{phase} {size_text(total)}" for phase, total in totals.items())
+    label = html.escape(f"{spoken}; {winner} is the highest")
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="100%" style="max-width:{width}px" role="img" '
+        f'aria-label="{label}" font-family="sans-serif" font-size="12" fill="#333">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _kinds_table(kinds: Mapping[str, Mapping[str, int]], estimate: memory.MemoryEstimate) -> str:
+    """Bytes by kind and phase, the phase that wins marked in words."""
+    names = [kind for kind in KIND_COLORS if any(of.get(kind) for of in kinds.values())]
+    rows = {kind: [size_text(of.get(kind, 0)) for of in kinds.values()] for kind in names}
+    rows["all together"] = [size_text(sum(of.values())) for of in kinds.values()]
+    heads = [f"{phase} (highest)" if phase == estimate.phase else phase for phase in kinds]
+    caption = (
+        f"One step on one device: {size_text(estimate.peak_allocated_bytes)} at most; "
+        f"{estimate.trainable_parameters:,} numbers are trained"
+    )
+    return _grid(caption, heads, rows)
+
+
+def _cards_table(cards: Sequence[memory.GpuFit]) -> str:
+    """Which cards it fits on, with what must stay free there."""
+    rows = {
+        card.gpu.name: [
+            size_text(card.gpu.memory_bytes),
+            ("✓ fits" if card.fits else "✗ does not fit") + (f"; {card.note}" if card.note else ""),
+            size_text(card.free_bytes) if card.fits else "–",
+        ]
+        for card in cards
+    }
+    return _grid("Cards, with what must stay free on each", ["memory", "verdict", "left"], rows)
+
+
+def _grid(caption: str, heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """An HTML table with row and column headings."""
+    left, cell = 'style="text-align:left"', 'style="text-align:right;padding-left:1em"'
+    head = "".join(f'<th scope="col" {cell}>{html.escape(name)}</th>' for name in heads)
+    body = "".join(
+        f'<tr><th scope="row" {left}>{html.escape(name)}</th>'
+        + "".join(f"<td {cell}>{html.escape(value)}</td>" for value in values)
+        + "</tr>"
+        for name, values in rows.items()
+    )
+    return f"<table><caption>{caption}</caption><tr><td></td>{head}</tr>{body}</table>"
+
+
 def _comparison_table(caption: str, trials: Mapping[str, Trial | None], points: float) -> str:
     """Trials side by side as an HTML table with row and column headings; None is "no arm"."""
-    facts = {head: _trial_facts(trial, points) for head, trial in trials.items()}
-    left, cell = 'style="text-align:left"', 'style="text-align:right;padding-left:1em"'
-    heads = "".join(f'<th scope="col" {cell}>{html.escape(head)}</th>' for head in facts)
-    rows = "".join(
-        f'<tr><th scope="row" {left}>{name}</th>'
-        + "".join(f"<td {cell}>{html.escape(facts[head][name])}</td>" for head in facts)
-        + "</tr>"
-        for name in ("Arm", "Learned", "Lost (points)", "Budget", "Steps", "Seconds")
-    )
-    return f"<table><caption>{caption}</caption><tr><td></td>{heads}</tr>{rows}</table>"
+    facts = [_trial_facts(trial, points) for trial in trials.values()]
+    return _grid(caption, list(trials), {name: [one[name] for one in facts] for name in facts[0]})
 
 
 def _trial_facts(trial: Trial | None, points: float) -> dict[str, str]:
@@ -425,8 +611,18 @@ def _rate(arm: Arm) -> float:
     return arm.rate or 0.0
 
 
-def _dropdown(name: str) -> ipywidgets.Dropdown:
-    return ipywidgets.Dropdown(description=name, style=_STYLE)
+def _dropdown(name: str, options: Iterable[str] = (), value: str | None = None):
+    chosen = {} if value is None else {"value": value}
+    return ipywidgets.Dropdown(options=list(options), description=name, style=_STYLE, **chosen)
+
+
+def _powers(name: str, most: int, value: int, least: int = 1) -> ipywidgets.SelectionSlider:
+    """A slider over the powers of two, and over the value it begins with."""
+    steps = [least * 2**power for power in range((most // least).bit_length())]
+    options = sorted({*steps, value})
+    return ipywidgets.SelectionSlider(
+        options=[(f"{one:,}", one) for one in options], value=value, description=name, style=_STYLE
+    )
 
 
 def _facts_table(caption: str, facts: Mapping[str, int | str]) -> str:

@@ -55,3 +55,45 @@ def test_drawings_say_what_is_wrong(axes):
         drawings.where_prompts_enter(axes[:2])
     with pytest.raises(ValueError, match="must each be 1 or more"):
         drawings.where_prompts_enter(axes, n_virtual=0)
+
+
+UNITS = {"embedding": 40, "layer 1": 100, "layer 2": 100}
+
+
+def test_each_scheme_stores_the_model_once_but_data_parallelism_once_a_device():
+    for scheme in drawings.SCHEMES:
+        shares = drawings.held(UNITS, scheme, devices=3)
+        copies = {name: round(sum(parts), 9) for name, parts in shares.items()}
+        assert copies == dict.fromkeys(UNITS, 3 if scheme == "data" else 1)
+    # 240 numbers, cut at 120: the middle of layer 1 lies at 90, that of layer 2 at 190.
+    pipeline = drawings.held(UNITS, "pipeline", devices=2)
+    assert pipeline == {"embedding": [1, 0], "layer 1": [1, 0], "layer 2": [0, 1]}
+
+
+def test_what_is_coloured_is_what_a_device_stores():
+    fig, axes = plt.subplots(1, 4)
+    words = drawings.who_holds(axes, UNITS, devices=2)
+    total = 0.84 * sum(UNITS.values())
+    for scheme, ax, of_model in zip(drawings.SCHEMES, axes, (1, 1 / 2, None, 1 / 2), strict=True):
+        stored = {"freeze": 0.0, "qlora": 0.0}  # the colours of devices 0 and 1
+        for box in ax.patches:
+            for name in stored:
+                if to_hex(box.get_facecolor()) == report.COLORS[name].lower():
+                    stored[name] += box.get_width() * box.get_height()
+        want = [of_model * total] * 2 if of_model else [0.84 * 140, 0.84 * 100]
+        assert list(stored.values()) == pytest.approx(want), scheme
+    gathered = [len([box for box in ax.patches if box.get_hatch()]) for ax in axes]
+    assert gathered == [0, 0, 0, 6]
+    assert words.startswith("Data parallelism: every device holds the whole model")
+    plt.close(fig)
+
+
+def test_who_holds_says_what_is_wrong(axes):
+    with pytest.raises(ValueError, match="3 axes: give 4, one a scheme"):
+        drawings.who_holds(axes, UNITS)
+    with pytest.raises(ValueError, match="scheme='ring' is unknown: use data, tensor"):
+        drawings.held(UNITS, "ring", 2)
+    with pytest.raises(ValueError, match="devices=0, 3 units: give at least one of each"):
+        drawings.held(UNITS, "data", 0)
+    with pytest.raises(ValueError, match="devices=9: 2 to 4 can be told apart"):
+        drawings.who_holds([*axes, axes[0]], UNITS, devices=9)

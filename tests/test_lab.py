@@ -499,7 +499,14 @@ def test_tests_cover_both_folders_and_pass_arguments_on(started, clone):
     command = started["c"]
     assert command[1:5] == ["-m", "pytest", "--nbval", "-p"]
     assert command[-6:] == ["-x", "-k", "notebooks", "--durations=5", "tests", "notebooks"]
+    assert "--numprocesses" not in command
     assert started["e"]["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_whole_suite_runs_two_files_at_a_time(started, clone):
+    (clone / "tests").mkdir()
+    assert lab.main(["test"]) == 0
+    assert started["c"][-4:] == ["--numprocesses", "2", "--dist", "loadscope"]
 
 
 def test_tests_of_one_file_are_only_those(started, clone):

@@ -9,9 +9,11 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 
-from labkit import curves, models, widgets
+from labkit import curves, memory, models, widgets
 from labkit.badcases import Judged
 from labkit.evaluation import Answer
+from labkit.memory import reference
+from labkit.memory.gpus import GPUS
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +241,114 @@ def test_the_mix_explorer_shows_the_choice_beside_the_best_within_the_budget():
 def test_the_mix_explorer_needs_arms():
     with pytest.raises(ValueError, match="no arm of the results has both ARM/d1 and ARM/lost"):
         widgets.MixExplorer(MIXTURES, learned="d1")
+
+
+def test_the_calculator_shows_the_estimate_of_its_choices():
+    calculator = widgets.MemoryCalculator("Mistral-7B-v0.1", method="full", seq_len=512)
+    options = {"method": "full", "batch_size": 1, "seq_len": 512, "gradient_checkpointing": True}
+    said = memory.estimate(reference.model("Mistral-7B-v0.1"), dtype="bf16", **options)
+    assert calculator.estimate == said and said.phase == "optimizer step"
+    columns = columns_of(calculator.table.value)
+    # 2 B x 7,241,732,096 of weights and gradients, 4 B of means, in every column of its phase.
+    assert columns["weights"] == ["13.49 GiB"] * 3
+    assert columns["optimizer states"] == ["26.98 GiB"] * 3
+    assert columns["gradients"][2] == "13.49 GiB"
+    assert columns["all together"][2] == "67.46 GiB"
+    assert "optimizer step (highest)" in calculator.table.value
+    assert "7,241,732,096 numbers are trained" in calculator.table.value
+
+
+def test_the_calculator_follows_every_control():
+    calculator = widgets.MemoryCalculator(method="full", devices=2)
+    seen = {calculator.estimate.peak_allocated_bytes}
+
+    def choose(control, value):
+        getattr(calculator, control).value = value
+        assert calculator.estimate is not None
+        seen.add(calculator.estimate.peak_allocated_bytes)
+
+    for control, value in [
+        ("batch", 4), ("seq_len", 8192), ("checkpointing", False), ("optimizer", "sgd"),
+        ("precision", "fp32"), ("method", "lora"), ("sharding", "FSDP"), ("devices", 8),
+        ("model", "Qwen3-0.6B"),
+    ]:  # fmt: skip
+        choose(control, value)
+    assert len(seen) == 10
+    assert calculator.options == {
+        "method": "lora", "batch_size": 4, "seq_len": 8192, "optimizer": "sgd",
+        "gradient_checkpointing": False, "num_devices": 8, "dtype": "fp32", "sharding": "fsdp",
+    }  # fmt: skip
+
+
+def test_the_calculator_offers_every_model_and_plans_it():
+    calculator = widgets.MemoryCalculator("bundled", seq_len=512)
+    assert set(calculator.model.options) == set(reference.models())
+    for name in calculator.model.options:
+        calculator.model.value = name
+        assert calculator.estimate.parameters > 0
+        assert calculator.picture.value.count("<rect") > 6
+
+
+def test_the_calculator_marks_the_cards_that_fit():
+    calculator = widgets.MemoryCalculator("Mistral-7B-v0.1", method="qlora", batch_size=4)
+    verdicts = {
+        name: cells[1]
+        for name, cells in columns_of(calculator.table.value).items()
+        if len(cells) == 3 and "fit" in cells[1]
+    }
+    assert set(verdicts) == set(GPUS)
+    fitting = [name for name, verdict in verdicts.items() if verdict.startswith("✓ fits")]
+    assert fitting == calculator.fitting
+    assert "RTX 4090" in fitting and "RTX 3060 12GB" not in fitting
+    assert verdicts["V100 32GB"] == "✓ fits; it does not compute in bf16: train in fp16"
+    calculator.method.value = "full"
+    assert calculator.fitting[0] == "A100 80GB" or calculator.fitting[0] == "H100 80GB"
+
+
+def test_the_calculators_bars_are_as_long_as_their_bytes():
+    calculator = widgets.MemoryCalculator("Mistral-7B-v0.1", method="full", seq_len=512)
+    widths = {
+        said: float(wide)
+        for wide, said in re.findall(
+            r'width="([\d.]+)"[^>]*><title>(.*?)</title>', calculator.picture.value
+        )
+    }
+    weights = widths["optimizer step: weights 13.49 GiB"]
+    assert widths["optimizer step: optimizer states 26.98 GiB"] == pytest.approx(
+        2 * weights, rel=0.01
+    )
+    assert widths["loss: weights 13.49 GiB"] == weights
+    step = sum(wide for said, wide in widths.items() if said.startswith("optimizer step"))
+    assert step == pytest.approx(545 - 130, abs=0.5)  # the highest bar fills the drawing
+    assert re.search(
+        r'aria-label="loss [^"]*; optimizer step is the highest"', calculator.picture.value
+    )
+    assert "▶ optimizer step" in calculator.picture.value
+
+
+def test_the_calculator_says_what_cannot_be():
+    calculator = widgets.MemoryCalculator("Mistral-7B-v0.1", method="qlora", devices=2)
+    calculator.sharding.value = "ZeRO-3"
+    assert calculator.estimate is None and calculator.fitting == []
+    assert calculator.picture.value == ""
+    assert "Not possible: method=&#x27;qlora&#x27; with zero_stage=3" in calculator.table.value
+    calculator.sharding.value = "FSDP"
+    assert calculator.estimate is not None and "Not possible" not in calculator.table.value
+    calculator.model.value, calculator.seq_len.value = "GPT-2", 2048
+    assert "2048 is more than the 1024 positions" in calculator.table.value
+
+
+def test_the_calculator_works_from_the_keyboard():
+    calculator = widgets.MemoryCalculator()
+    controls = calculator.widget.children[0].children
+    kinds = {type(control).__name__ for column in controls for control in column.children}
+    assert kinds == {"Dropdown", "SelectionSlider", "Checkbox"}  # all take Tab and arrow keys
+    assert all(control.description for column in controls for control in column.children)
+    calculator.batch.index += 1  # what the right arrow key does
+    assert calculator.batch.value == 2
+    text = calculator._repr_mimebundle_()["text/plain"]
+    calculator.method.value = "full"
+    assert calculator._repr_mimebundle_()["text/plain"] == text
 
 
 @pytest.mark.parametrize(("slider", "value"), [("batch_size", 0), ("epochs", 99)])

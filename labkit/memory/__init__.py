@@ -8,37 +8,95 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from labkit.memory.agreement import Agreement, compare
     from labkit.memory.architecture import Architecture, Matrix
-    from labkit.memory.closed_form import MemoryEstimate, estimate
+    from labkit.memory.closed_form import MemoryEstimate, estimate, moments
     from labkit.memory.inference import estimate_generation, estimate_merge
-    from labkit.memory.measure import StepBytes, step_bytes
+    from labkit.memory.measurement import Compared, Measurement, measure
     from labkit.memory.options import Options
-    from labkit.memory.terms import Term
+    from labkit.memory.phases import Moment
+    from labkit.memory.plan import (
+        DoesNotFit,
+        GpuFit,
+        find_ways,
+        fits,
+        gpus_that_fit,
+        knobs,
+        largest_batch,
+        largest_seq_len,
+        require_fit,
+    )
+    from labkit.memory.step import StepBytes, step_bytes
+    from labkit.memory.terms import Term, by_kind
+    from labkit.memory.tracing import ModuleBytes, TraceEstimate, trace
+    from labkit.memory.watch import TensorWatch
 
 _WHERE = {
+    "Agreement": "agreement",
     "Architecture": "architecture",
+    "Compared": "measurement",
+    "DoesNotFit": "plan",
+    "GpuFit": "plan",
     "Matrix": "architecture",
+    "Measurement": "measurement",
     "MemoryEstimate": "closed_form",
+    "ModuleBytes": "tracing",
+    "Moment": "phases",
     "Options": "options",
-    "StepBytes": "measure",
+    "StepBytes": "step",
+    "TensorWatch": "watch",
     "Term": "terms",
+    "TraceEstimate": "tracing",
+    "by_kind": "terms",
+    "compare": "agreement",
     "estimate": "closed_form",
     "estimate_generation": "inference",
     "estimate_merge": "inference",
-    "step_bytes": "measure",
+    "find_ways": "plan",
+    "fits": "plan",
+    "gpus_that_fit": "plan",
+    "knobs": "plan",
+    "largest_batch": "plan",
+    "largest_seq_len": "plan",
+    "measure": "measurement",
+    "moments": "closed_form",
+    "require_fit": "plan",
+    "step_bytes": "step",
+    "trace": "tracing",
 }
 
 __all__ = [
+    "Agreement",
     "Architecture",
+    "Compared",
+    "DoesNotFit",
+    "GpuFit",
     "Matrix",
+    "Measurement",
     "MemoryEstimate",
+    "ModuleBytes",
+    "Moment",
     "Options",
     "StepBytes",
+    "TensorWatch",
     "Term",
+    "TraceEstimate",
+    "by_kind",
+    "compare",
     "estimate",
     "estimate_generation",
     "estimate_merge",
+    "find_ways",
+    "fits",
+    "gpus_that_fit",
+    "knobs",
+    "largest_batch",
+    "largest_seq_len",
+    "measure",
+    "moments",
+    "require_fit",
     "step_bytes",
+    "trace",
 ]
 
 

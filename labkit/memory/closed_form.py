@@ -4,7 +4,7 @@
 ...           "num_attention_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}
 >>> full, lora = (estimate(config, method=method) for method in ("full", "lora"))
 >>> full.phase, lora.phase
-('optimizer step', 'loss')
+('optimizer step', 'layer backward')
 >>> full.peak_allocated_bytes > 3 * lora.peak_allocated_bytes
 True
 """
@@ -20,7 +20,7 @@ from labkit import paths
 from labkit.memory import sharding
 from labkit.memory.architecture import Architecture, read
 from labkit.memory.options import Options, check_fit
-from labkit.memory.phases import LAYER, LOSS, STEP, Step
+from labkit.memory.phases import LAYER, LOSS, STEP, Moment, Step
 from labkit.memory.state import state_bytes, trained_width
 from labkit.memory.terms import Term
 
@@ -76,12 +76,8 @@ def estimate(config: Mapping[str, Any] | str | Path, **options: Any) -> MemoryEs
     Raises:
         ValueError: an unknown option, an impossible value, a config that cannot be read.
     """
-    values = config if isinstance(config, Mapping) else load_config(config)
-    arch = read(values)
-    chosen = build_options(arch, options)
-    check_fit(arch, chosen)
-    step = Step(arch, chosen)
-    moments = step.moments()
+    step = _step(config, options)
+    arch, chosen, moments = step.arch, step.options, step.moments()
     peak = max(moments, key=lambda moment: moment.bytes)
     phases = {
         phase: max(moment.bytes for moment in moments if moment.phase == phase)
@@ -102,6 +98,24 @@ def estimate(config: Mapping[str, Any] | str | Path, **options: Any) -> MemoryEs
         host_bytes=sharding.host_bytes(arch, chosen, step.n_trained),
         notes=_notes(arch, chosen),
     )
+
+
+def moments(config: Mapping[str, Any] | str | Path, **options: Any) -> tuple[Moment, ...]:
+    """Every moment of the step at which memory may peak, in the order in which they come.
+
+    The highest is `estimate`'s peak, and its terms are that estimate's.
+
+    Raises:
+        ValueError: as `estimate`.
+    """
+    return tuple(_step(config, options).moments())
+
+
+def _step(config: Mapping[str, Any] | str | Path, options: Mapping[str, Any]) -> Step:
+    arch = read(config if isinstance(config, Mapping) else load_config(config))
+    chosen = build_options(arch, options)
+    check_fit(arch, chosen)
+    return Step(arch, chosen)
 
 
 def build_options(arch: Architecture, given: Mapping[str, Any]) -> Options:
@@ -195,6 +209,12 @@ def _notes(arch: Architecture, options: Options) -> tuple[str, ...]:
         notes.append("a recomputed layer drops the prefix: train it without checkpointing")
     if arch.experts:
         notes.append("the busiest expert is taken to get twice an even share of the tokens")
+        if options.has_adapters:
+            notes.append(
+                "too low by up to a third with transformers 5, where PEFT copies all weights of a "
+                "layer's experts to adapt them: see --trace, or leave the experts out of "
+                "target_modules"
+            )
     if arch.softcap_attention:
         notes.append("this model caps its attention scores, which sdpa cannot: eager was counted")
     if options.attention == "sdpa" and options.dtype == "fp32" and not options.autocast:

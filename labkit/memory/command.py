@@ -4,12 +4,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from labkit.memory import options as choices
 from labkit.memory.closed_form import MemoryEstimate, estimate
 from labkit.memory.inference import InferenceEstimate, estimate_generation, estimate_merge
+from labkit.memory.units import size_text
 
-GIB = 2**30
 MAKES = {
     "train": "one training step",
     "generate": "generating text",
@@ -21,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print what a training step takes, term by term; exits with 0."""
     given = vars(build_parser().parse_args(arguments))
     config, task, as_json = given.pop("config"), given.pop("task"), given.pop("json")
-    new_tokens = given.pop("new_tokens")
+    new_tokens, traced = given.pop("new_tokens"), given.pop("trace")
     asked = {name: value for name, value in given.items() if value is not None}
+    if traced:
+        return _trace(config, task, as_json, asked)
     if task == "generate":
         result = estimate_generation(config, new_tokens, **asked)
     elif task == "merge":
@@ -36,6 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _trace(config: str, task: str, as_json: bool, asked: dict[str, Any]) -> int:
+    """Run the step on fake tensors as well, and print both; this imports torch."""
+    if task != "train":
+        raise ValueError(f"--trace with --task {task}: a training step is traced: leave one out")
+    from labkit.memory import agreement
+
+    found = agreement.compare(config, **asked)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        title = f"{config}: {MAKES[task]}, by closed form and by running it on fake tensors"
+        print("\n".join(agreement.lines(found, title)))
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Options of `labkit estimate`; one that is not given is left to `labkit.memory.Options`."""
     parser = argparse.ArgumentParser(
@@ -46,13 +64,29 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         epilog="example: labkit estimate config.json --method qlora --batch-size 4 --seq-len 2048",
     )
-    default = choices.Options
+    add_config(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="also run the step on fake tensors, without memory, and print both; takes seconds",
+    )
+    parser.add_argument("--task", choices=list(MAKES), default="train", help="(train)")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of --task generate (256)")
+    add_training_options(parser)
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The model, as every command of memory takes it."""
     parser.add_argument(
         "config", help="a config.json, a model's folder, `bundled`, or a downloaded model's id"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--task", choices=list(MAKES), default="train", help="(train)")
-    parser.add_argument("--new-tokens", type=int, default=256, help="of --task generate (256)")
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of `labkit.memory.Options`; None where it is not given."""
+    default = choices.Options
 
     def choice(name: str, values: Sequence) -> None:
         usual = getattr(default, name, None)
@@ -94,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     choice("attention", choices.ATTENTION)
     switch("padding", "rows are padded, so sdpa needs a mask")
     switch("gradient_checkpointing", "compute layers again in backward")
+    switch("reentrant", "run a recomputed layer to its end before its backward pass")
     choice("loss_path", choices.LOSS_PATHS)
     switch("double_quant", "quantize the constants of NF4, too")
     switch("kbit_prepared", "norms in fp32 before QLoRA, as PEFT prepares them")
@@ -105,7 +140,6 @@ def build_parser() -> argparse.ArgumentParser:
     choice("sharding", choices.SHARDING)
     choice("offload", choices.OFFLOAD)
     choice("device", choices.DEVICES)
-    return parser
 
 
 def _flag(name: str) -> str:
@@ -115,7 +149,7 @@ def _flag(name: str) -> str:
 def _lines(result: MemoryEstimate | InferenceEstimate, title: str) -> list[str]:
     """The table: largest term first, then phases and notes."""
     lines = [
-        f"{title} peaks at {_size(result.peak_allocated_bytes)} "
+        f"{title} peaks at {size_text(result.peak_allocated_bytes)} "
         f"({result.peak_allocated_bytes:,} bytes), in phase: {result.phase}"
     ]
     if isinstance(result, MemoryEstimate):
@@ -132,30 +166,22 @@ def _lines(result: MemoryEstimate | InferenceEstimate, title: str) -> list[str]:
     for one in ordered:
         share = one.bytes / result.peak_allocated_bytes
         lines.append(
-            f"{one.name:<{name_width}}  {_size(one.bytes):>12}  {share:>6.1%}  {one.status:<10}  "
-            f"{one.formula}"
+            f"{one.name:<{name_width}}  {size_text(one.bytes):>12}  {share:>6.1%}  "
+            f"{one.status:<10}  {one.formula}"
         )
     if isinstance(result, MemoryEstimate):
         lines.append("")
-        phases = (f"{phase} {_size(n_bytes)}" for phase, n_bytes in result.phases.items())
+        phases = (f"{phase} {size_text(n_bytes)}" for phase, n_bytes in result.phases.items())
         lines.append("phases: " + "; ".join(phases))
         if result.paged_bytes:
-            lines.append(f"paged optimizer states beside it: {_size(result.paged_bytes)}")
+            lines.append(f"paged optimizer states beside it: {size_text(result.paged_bytes)}")
         if result.host_bytes:
-            lines.append(f"on all hosts together: {_size(result.host_bytes)}")
+            lines.append(f"on all hosts together: {size_text(result.host_bytes)}")
     return lines + [f"note: {note}" for note in result.notes]
 
 
 def _adds(result: MemoryEstimate) -> bool:
     return any(one.name in ("adapters", "soft prompt") for one in result.terms)
-
-
-def _size(n_bytes: float) -> str:
-    """Bytes in the unit that reads best."""
-    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.2f} {unit}"
-    return f"{n_bytes:.0f} B"
 
 
 if __name__ == "__main__":

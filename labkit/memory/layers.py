@@ -39,8 +39,9 @@ class Work:
     adapter: int = FP32
     """Bytes of a number of an adapter: PEFT keeps adapters of a 16-bit base in fp32."""
     adapter_dropout: float = 0.0
-    mask: int = 1
-    """Bytes of a number of a dropout mask; 0 for as many as the tensor has, which CPUs use."""
+    on_gpu: bool = True
+    """A GPU keeps dropout masks of one byte a number, a CPU as wide as the numbers; and PEFT asks
+    CUDA alone whether autocast is on."""
 
     @property
     def tokens(self) -> int:
@@ -120,7 +121,8 @@ class _Layer:
         arch, tape = self.arch, self.tape
         tape.group = "norms"
         normed = self.norm("input norm", x)
-        attended = self.attention_block(normed)
+        with tape.holding(normed):
+            attended = self.attention_block(normed)
         if arch.norms == 4:
             tape.group = "norms"
             attended = self.norm("norm after attention", attended)
@@ -131,7 +133,8 @@ class _Layer:
         x = tape.add("residual after attention", attended, x)
         tape.group = "norms"
         normed = self.norm("MLP norm", x)
-        out = self.moe_block(normed) if arch.experts else self.mlp_block(normed)
+        with tape.holding(normed):
+            out = self.moe_block(normed) if arch.experts else self.mlp_block(normed)
         if arch.norms == 4:
             tape.group = "norms"
             out = self.norm("norm after the MLP", out)
@@ -187,10 +190,12 @@ class _Layer:
             numbers: of the input: tokens times `n_in`.
         """
         tokens = numbers / matrix.n_in
-        base = (
-            self._quantized(matrix, x, tokens) if self._is_4_bit else self._plain(matrix, x, tokens)
-        )
-        return self._adapter(matrix, x, base, tokens) if self.trained.adapted(matrix) else base
+        with self.tape.holding(x):
+            compute = self._quantized if self._is_4_bit else self._plain
+            base = compute(matrix, x, tokens)
+            if not self.trained.adapted(matrix):
+                return base
+            return self._adapter(matrix, x, base, tokens)
 
     @property
     def _is_4_bit(self) -> bool:
@@ -237,13 +242,22 @@ class _Layer:
         """base + B(A(dropout(x))) * scale, in the adapter's precision."""
         tape, work = self.tape, self.work
         group, tape.group = tape.group, "adapter inputs"
-        # A 4-bit layer leaves the cast to autocast; other layers cast to the adapter first.
-        if not (work.autocast and self._is_4_bit):
+        # A 4-bit layer leaves the cast to autocast on a GPU; others cast to the adapter first.
+        if not (work.autocast and self._is_4_bit and work.on_gpu):
             x = tape.cast(x, work.adapter, f"{matrix.name}: input in the adapter's precision")
+        with tape.holding(x):
+            scaled = self._low_rank(matrix, x, tokens)
+        tape.group = group
+        out = tape.add(f"{matrix.name} + adapter", base, scaled)
+        return tape.cast(out, base.width)
+
+    def _low_rank(self, matrix: Matrix, x: Value, tokens: float) -> Value:
+        """B(A(dropout(x))) * scale."""
+        tape, work = self.tape, self.work
         if work.adapter_dropout:
             x = self.dropout(f"{matrix.name}: adapter dropout", x)
         inside = work.compute if work.autocast else work.adapter
-        x = tape.cast(x, inside)
+        dropped, x = x, tape.cast(x, inside)
         small = []
         if work.autocast and work.adapter != inside:
             for part, numbers in (("A", matrix.n_in), ("B", matrix.n_out)):
@@ -251,9 +265,10 @@ class _Layer:
                 small.append(tape.source(copy, work.rank * numbers, inside, grad=False))
         a_gradient = work.rank * matrix.n_in * work.adapter
         b_gradient = work.rank * matrix.n_out * work.adapter
-        down = tape.operation(
-            f"{matrix.name}: A", [x], tokens * work.rank, inside, [x, *small[:1]], a_gradient
-        )
+        with tape.holding(dropped):
+            down = tape.operation(
+                f"{matrix.name}: A", [x], tokens * work.rank, inside, [x, *small[:1]], a_gradient
+            )
         up = tape.operation(
             f"{matrix.name}: B",
             [down],
@@ -262,14 +277,12 @@ class _Layer:
             [down, *small[1:]],
             b_gradient,
         )
-        scaled = tape.operation(f"{matrix.name}: scale", [up], up.numbers, inside)
-        tape.group = group
-        out = tape.add(f"{matrix.name} + adapter", base, scaled)
-        return tape.cast(out, base.width)
+        return tape.operation(f"{matrix.name}: scale", [up], up.numbers, inside)
 
     def dropout(self, name: str, x: Value) -> Value:
         """Keeps its mask."""
-        mask = self.tape.source(f"{name}: mask", x.numbers, self.work.mask or x.width, grad=False)
+        width = 1 if self.work.on_gpu else x.width
+        mask = self.tape.source(f"{name}: mask", x.numbers, width, grad=False)
         return self.tape.operation(name, [x], x.numbers, x.width, [mask])
 
     # ---- attention
@@ -288,7 +301,13 @@ class _Layer:
         if self.arch.rotary:
             q, k = self._rotate("rotated queries", q), self._rotate("rotated keys", k)
         k, v = self._with_prefix("keys", k), self._with_prefix("values", v)
-        out = self._eager(q, k, v) if self.work.attention == "eager" else self._fused(q, k, v)
+        if self.work.attention == "eager":
+            out = self._eager(q, k, v)
+        elif self.arch.attention_dropout and not self.work.on_gpu:
+            # torch has no fused kernel with dropout for a CPU: it writes attention out, in fp32.
+            out = self.tape.cast(self._eager(q, k, v, width=FP32), q.width)
+        else:
+            out = self._fused(q, k, v)
         out = self.next_linear(out)
         return self.dropout("residual dropout", out) if self.arch.residual_dropout else out
 
@@ -356,14 +375,18 @@ class _Layer:
         numbers = self.work.key_tokens * self.arch.q_width
         return self.tape.operation(f"{x.name}, repeated", [x], numbers, x.width)
 
-    def _eager(self, q: Value, k: Value, v: Value) -> Value:
-        """softmax(q k^T) v written out: keeps the square of scores, in fp32 and in q's type."""
+    def _eager(self, q: Value, k: Value, v: Value, width: int | None = None) -> Value:
+        """softmax(q k^T) v written out: keeps the square of scores, in fp32 and in q's type.
+
+        Args:
+            width: to compute in; None is that of q, or autocast's.
+        """
         tape, arch, work = self.tape, self.arch, self.work
         tape.group = "attention scores"
         if arch.heads != arch.kv_heads:
             k, v = self._repeated(k), self._repeated(v)
-        width = work.compute if work.autocast else q.width
-        entered = q.width
+        entered = width or q.width
+        width = width or (work.compute if work.autocast else q.width)
         q, k, v = (tape.cast(value, width) for value in (q, k, v))
         square = work.rows * arch.heads * work.queries * work.keys
         scores = tape.operation("scores", [q, k], square, width, [q, k])
@@ -374,7 +397,8 @@ class _Layer:
             scores = tape.operation("cap", [scores], square, width)
         scores = tape.operation("masked scores", [scores], square, width, passes_gradient=True)
         exact = work.autocast or arch.model_type != "gpt2"  # GPT-2 stays in the type of its scores
-        share = tape.operation("softmax", [scores], square, FP32 if exact else width)
+        scores = tape.cast(scores, FP32) if exact else scores
+        share = tape.operation("softmax", [scores], square, scores.width)
         if share.grad:
             tape.keep(share, [share])
         share = tape.cast(tape.cast(share, entered), width)
@@ -404,7 +428,9 @@ class _Layer:
             both = self.next_linear(x)
             half = both.numbers / 2
             gate = tape.operation("gate", [both], half, both.width, share=x.share)
-            return gate, tape.operation("up", [both], half, both.width, share=x.share)
+            up = tape.operation("up", [both], half, both.width, share=x.share)
+            gate.held, up.held = both.numbers, 0  # views: what keeps one keeps all
+            return gate, up
         return self.next_linear(x), self.next_linear(x)
 
     def activation(self, x: Value) -> Value:

@@ -45,6 +45,10 @@ class Options:
     padding: bool = False
     """Whether rows are padded to one length: sdpa then gets a mask, and repeats shared keys."""
     gradient_checkpointing: bool = True
+    reentrant: bool = True
+    """Whether a recomputed layer is run to its end before its backward pass begins, as with
+    transformers up to 4; False runs it when backward first needs a tensor of it, and as far as
+    backward needs it, as transformers 5 does."""
     loss_path: str = "shifted"
     """How the loss is computed from the logits; see `labkit.memory.loss`."""
     double_quant: bool = True

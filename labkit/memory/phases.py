@@ -50,6 +50,8 @@ COUNTED = (
     "qwen2", "qwen3",
 )  # fmt: skip
 """Families whose saved tensors were counted on real models, small ones, in the tests."""
+EMBEDDED = "embedded words"
+TRL_DPO = "trl.trainer.dpo_trainer.DPOTrainer._compute_loss"
 LOSS, LAYER, STEP = "loss", "layer backward", "optimizer step"
 
 
@@ -100,13 +102,17 @@ class Step:
             rank=options.lora_rank,
             adapter=trained_width(options),
             adapter_dropout=options.lora_dropout,
-            mask=1 if options.device == "cuda" else 0,
+            on_gpu=options.device == "cuda",
         )
 
     @property
     def first_width(self) -> int:
-        """Bytes of a number of the residual stream as the embedding gives it."""
-        return head_width(self.options)
+        """Bytes of a number of the residual stream as the embedding gives it.
+
+        A learned table of positions is added, which is as wide as the norms.
+        """
+        table = self.work.norms if self.arch.positions else 0
+        return max(head_width(self.options), table)
 
     @property
     def stream_width(self) -> int:
@@ -160,28 +166,21 @@ class Step:
         )
 
     def _climb(self, tape: Tape) -> Climb:
-        again = self.options.gradient_checkpointing
-        output = self.options.tokens * self.arch.hidden * self.stream_width
-        climb = tape.backward(output if again else 0)
-        return (
-            max(climb, self._recomputing(tape), key=lambda one: one.peak_bytes) if again else climb
-        )
+        """The highest moment of one layer: its backward pass, and what computes it again before.
 
-    def _recomputing(self, tape: Tape) -> Climb:
-        """The forward half of a recomputed layer, at its last matrix, if that has an adapter.
-
-        By then the layer has kept all it keeps. On top are the gradient that waits outside, the
-        residual and the normed stream, the matrix's input and result, and the adapter's, scaled.
+        A reentrant checkpoint makes the layer's result anew, and holds it until backward is
+        through; the other kind begins when backward first needs a tensor of the layer, and ends
+        with the last one that it needs.
         """
-        last, tokens = self.arch.matrices[-1], self.options.tokens
-        if all(matrix is not last for matrix in self.adapted) or self.arch.experts:
-            return Climb(0, "", {}, 0, 0)
-        work = self.work
-        inside = work.compute if work.autocast else work.adapter
-        local = last.n_in * work.compute + last.n_out * (work.compute + 2 * inside)
-        working = tokens * (3 * self.arch.hidden * self.stream_width + local)
-        height = tape.kept_bytes() + working
-        return Climb(height, f"{last.name}, computed again", tape.kept_by_group(), working, 0)
+        if not self.options.gradient_checkpointing:
+            return tape.backward()
+        stream = self.options.tokens * self.arch.hidden * self.stream_width
+        if self.options.reentrant:
+            passes = tape.forward(stream), tape.backward(stream)
+        else:
+            waiting = tape.gradients_before_need()
+            passes = tape.forward(waiting, needed_only=True), tape.backward()
+        return max(passes, key=lambda climb: climb.peak_bytes)
 
     # ---- what is there all the time
 
@@ -277,7 +276,8 @@ class Step:
                 MEASURED,
             )
         masked = self.work.masked and options.attention == "sdpa"
-        if options.attention == "eager" or masked:
+        # A layer that is computed again gets the mask anew; else nothing holds it after forward.
+        if options.gradient_checkpointing and (options.attention == "eager" or masked):
             width = 1 if masked else self.first_width
             found += term(
                 "attention mask",
@@ -285,8 +285,21 @@ class Step:
                 f"{width} B x rows x queries x keys",
                 "transformers.masking_utils",
             )
+        if options.method == "p-tuning":
+            found += self._encoder_terms()
+        # Where something is done to it before the first layer, it is no checkpoint itself.
+        apart = options.method in ("prompt", "p-tuning") or arch.positions is not None
+        if apart and options.gradient_checkpointing and options.method != "full":
+            words = options.rows * options.seq_len * arch.hidden
+            width = head_width(options)
+            found += term(
+                EMBEDDED,
+                words * width,
+                f"{width} B x rows x words x h: a leaf that asks for its gradient",
+                "transformers' enable_input_require_grads",
+            )
         if arch.embedding_dropout and self.embedding_has_gradient:
-            mask = self.work.mask or self.first_width
+            mask = 1 if self.work.on_gpu else self.first_width
             found += term(
                 "dropout mask of the embedding",
                 options.tokens * arch.hidden * mask,
@@ -294,6 +307,18 @@ class Step:
                 AUTOGRAD,
             )
         return found
+
+    def _encoder_terms(self) -> list[Term]:
+        """What P-tuning's encoder keeps: the input of each of its layers."""
+        options, hidden = self.options, self.arch.hidden
+        width = options.encoder_hidden_size or hidden
+        each = hidden + 2 * width
+        return term(
+            "kept for backward: prompt encoder",
+            options.num_virtual_tokens * FP32 * each,
+            f"4 B x {each:,} x {options.num_virtual_tokens} virtual tokens",
+            "peft.tuners.p_tuning.PromptEncoder",
+        )
 
     def checkpoints(self, layers: int | None = None) -> list[Term]:
         """Inputs of the layers that are still to be computed again, frozen ones included."""
@@ -345,6 +370,8 @@ class Step:
         options = self.options
         if not (options.autocast and options.gradient_checkpointing):
             return []  # without checkpointing the same copies are kept for backward anyway
+        if options.sharding == "fsdp":
+            return []  # it casts a unit's weights as it gathers them, and drops them after use
         if trained_width(options) != FP32 or options.is_soft_prompt:
             return []
         # The head's copy is kept for backward, and counted there.
@@ -364,10 +391,12 @@ class Step:
         """Every moment that can be the peak."""
         return [
             self._loss_forward(),
+            *self._reference(),
             self._loss_backward(),
             self._head_backward(),
             self._last_layer(),
             self._first_layer(),
+            *self._frozen_layer(),
             *self._embedding(),
             self._optimizer(),
         ]
@@ -395,16 +424,80 @@ class Step:
                 f"transformers' modeling files; {PUBLIC_ROWS}",
                 MEASURED,
             ),
-            loss.loss_terms(self.arch, self.options, self.logits_width, backward=False),
+            self._held_by_peft(),
+            self._loss_terms(backward=False),
             self._gathered(in_layer=False),
         )
+
+    def _loss_terms(self, backward: bool) -> list[Term]:
+        arch, options = self.arch, self.options
+        if options.loss_path != "fused":
+            return loss.loss_terms(arch, options, self.logits_width, backward)
+        compute = self.work.compute if options.autocast else self.stream_width
+        width = head_width(options)
+        return loss.fused_terms(arch, options, self.stream_width, compute, width, backward)
+
+    def _reference(self) -> list[Moment]:
+        """DPO asks the reference while everything waits that the policy's loss has kept."""
+        options = self.options
+        if options.objective != "dpo" or options.precompute_reference:
+            return []
+        kept = loss.kept_bytes(self.arch, options, self.logits_width, self.stream_width)
+        waiting = [
+            *self.forward_leaves,
+            *self.cached_casts,
+            *term("kept by the policy's loss", kept, "its log-softmax, or hidden states", TRL_DPO),
+        ]
+        gathered = self._gathered(in_layer=True), self._gathered(in_layer=False)
+        return [
+            self._moment(LOSS, f"the reference's {what}, after the policy's", waiting, *parts)
+            for what, *parts in (
+                ("layers", self._layer_without_gradients(), gathered[0]),
+                ("loss", self._loss_terms(backward=False), gathered[1]),
+            )
+        ]
+
+    def _layer_without_gradients(self) -> list[Term]:
+        """Embedded words, the layer's input, the residual and the normed stream; and the MLP's."""
+        arch, options = self.arch, self.options
+        streams, inside = 4 * arch.hidden * self.stream_width, (3 if arch.gated else 2) * arch.mlp
+        inside *= self.work.compute * max(1, arch.experts_per_token)
+        largest = max(matrix.n_in * matrix.n_out for matrix in arch.matrices)
+        unpacked = largest * self.work.compute if options.is_4_bit else 0
+        return term(
+            "one layer of the reference",
+            options.tokens * (streams + inside) + unpacked,
+            f"{streams + inside:,} B x tokens" + (", and a matrix unpacked" if unpacked else ""),
+            "transformers' modeling files, without gradients",
+        )
+
+    def _held_by_peft(self) -> list[Term]:
+        """What PEFT's own forward pass holds until the model's is through, loss included."""
+        arch, options = self.arch, self.options
+        if options.method == "prefix" and arch.heads != arch.kv_heads:
+            # Attention keeps repeated keys and values; unrepeated, it keeps the cache itself.
+            cached = 2 * arch.layers * options.rows * options.keys * arch.kv_width
+            return term(
+                "cache of keys and values",
+                cached * self.work.compute,
+                "2 x L x rows x keys x n_kv x d: the prefix is handed over in a cache",
+                "peft.PeftModel.get_prompt; transformers DynamicCache",
+            )
+        if options.method in ("prompt", "p-tuning") and not options.gradient_checkpointing:
+            return term(
+                "virtual tokens and words, embedded",
+                options.tokens * arch.hidden * self.first_width,
+                "T x h: the argument of the model; under checkpointing the first checkpoint",
+                "peft.PeftModelForCausalLM.forward",
+            )
+        return []
 
     def _loss_backward(self) -> Moment:
         return self._moment(
             LOSS,
             "the gradient of the logits is made",
             self.forward_leaves,
-            loss.loss_terms(self.arch, self.options, self.logits_width, backward=True),
+            self._loss_terms(backward=True),
             self._gathered(in_layer=False),
             self._communication,
         )
@@ -505,27 +598,56 @@ class Step:
             self._communication,
         )
 
-    def _embedding(self) -> list[Moment]:
-        """The embedding's gradient is dense; where it is the head's too, both live at once."""
-        if self.options.method != "full":
+    def _frozen_layer(self) -> list[Moment]:
+        """Checkpointing computes frozen layers again, too: a gradient flows to the embedding."""
+        arch, options = self.arch, self.options
+        if not (options.gradient_checkpointing and self.flowing < arch.layers):
             return []
-        arch = self.arch
-        second = arch.vocabulary * arch.hidden * trained_width(self.options) * arch.tied
+        tape = decoder_layer(
+            arch, self.work, Trained(False), self.first_width, input_grad=True, recomputed=True
+        )
+        climb = self._climb(tape)
         moment = self._moment(
             LAYER,
-            "backward through the embedding",
+            f"the first layer, at {climb.operation!r}",
+            self.tables,
+            self.checkpoints(1),
+            self._layer_terms(climb),
             self._gradients_so_far(1.0, "all"),
-            term("second gradient of the tied embedding", second, "w B x V x h", AUTOGRAD),
-            term(
-                "gradient of the first layer's input",
-                self.options.tokens * arch.hidden * self.first_width,
-                "T x h",
-                AUTOGRAD,
-            ),
-            self._gathered(in_layer=False),
+            self._gathered(in_layer=True),
             self._communication,
         )
         return [moment]
+
+    def _embedding(self) -> list[Moment]:
+        """The embedding's gradient is dense. Where it is the head's too, their sum is a third."""
+        if self.options.method != "full":
+            return []
+        arch = self.arch
+        again = arch.vocabulary * arch.hidden * trained_width(self.options) * arch.tied
+        reaching = term(
+            "gradient of the first layer's input",
+            self.options.tokens * arch.hidden * self.first_width,
+            "T x h",
+            AUTOGRAD,
+        )
+        second = term("second gradient of the tied embedding", again, "w B x V x h", AUTOGRAD)
+        both = term("second gradient and the sum", 2 * again, "2 x w B x V x h", AUTOGRAD)
+        return [
+            self._moment(
+                LAYER,
+                what,
+                self._gradients_so_far(1.0, "all"),
+                parts,
+                self._gathered(in_layer=False),
+                self._communication,
+            )
+            for what, parts in (
+                ("backward through the embedding", second + reaching),
+                ("the two gradients of the tied embedding are summed", both),
+            )
+            if parts
+        ]
 
     def _optimizer(self) -> Moment:
         options = self.options
@@ -552,9 +674,10 @@ class Step:
         """Bytes that autograd holds when the loss is known: what a real step can be asked for."""
         ids = 8 * self.options.rows * self.options.seq_len * (self.options.method == "full")
         # A layer that is computed again gets the tables of positions as arguments.
-        outside = ("cosines and sines of positions", "attention mask")
+        outside = ("attention mask", EMBEDDED, "cosines and sines of positions")
         if not self.options.gradient_checkpointing:
-            outside = outside[1:]
+            outside = outside[:-1]
         apart = [one for one in self.tables if one.name in outside]
         left = total(self.forward_leaves) - total(apart)
-        return left + loss.kept_bytes(self.arch, self.options, self.logits_width) + ids
+        kept = loss.kept_bytes(self.arch, self.options, self.logits_width, self.stream_width)
+        return left + kept + ids

@@ -16,6 +16,8 @@ BLOCK, CONSTANTS_BLOCK = 64, 256
 """Weights that share a constant in NF4, and constants that share one in double quantization."""
 OPTIMIZER_BLOCK, SMALLEST_8_BIT, SMALLEST_PAGED = 256, 4096, 100_000
 """bitsandbytes: states that share a constant; tensors below these sizes stay fp32 or unpaged."""
+LEVELS_BYTES = 2 * 256 * FP32
+"""Of the two tables of what 8 bits stand for, one for each mean."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,9 @@ def weight_terms(arch: Architecture, options: Options) -> list[Term]:
         copies = arch.layers * matrix.copies
         packed, constants = packed + copies * one[0], constants + copies * one[1]
         biases += copies * matrix.bias * matrix.n_out * width
-    ends = arch.embedding_parameters + arch.head_parameters
+    ends = arch.vocabulary * arch.hidden + arch.head_parameters
     norms = arch.layers * arch.layer_norm_parameters + arch.norm_parameters
+    norms += (arch.positions or 0) * arch.hidden  # a learned table of positions is cast as they are
     constant = "1/64 + 4/16384" if options.double_quant else "4/64"
     q = f"{arch.quantized_weights:,} weights of linear layers"
     return [
@@ -193,6 +196,7 @@ def gradient_bytes(arch: Architecture, options: Options) -> int:
 def state_bytes(parameters: Iterable[Parameter], options: Options, width: int) -> tuple[int, int]:
     """(bytes in the device's allocator, bytes in memory that pages to the host)."""
     held = paged = 0
+    eight_bit = False
     for parameter in parameters:
         n = parameter.size
         if options.optimizer == "adamw":
@@ -205,11 +209,12 @@ def state_bytes(parameters: Iterable[Parameter], options: Options, width: int) -
             one = 2 * n * FP32
         else:
             one = 2 * (n + FP32 * math.ceil(n / OPTIMIZER_BLOCK))
+            eight_bit = True
         if options.optimizer.startswith("paged") and n >= SMALLEST_PAGED:
             paged += one * parameter.copies
         else:
             held += one * parameter.copies
-    return held, paged
+    return held + LEVELS_BYTES * eight_bit, paged
 
 
 STATE_FORMULAS = {
@@ -242,9 +247,14 @@ def step_scratch(
                 f"{width} B x Pt: the roots of all second means at once",
                 "torch.optim.adam._multi_tensor_adam",
             )
+        before = [None, *parameters]
+        most = max(
+            2 * one.size + (0 if last is None or one.embedding else last.size)
+            for last, one in zip(before, parameters, strict=False)
+        )
         return (
-            2 * width * largest,
-            f"2 x {width} B x {largest:,}, the largest tensor: its root, divided",
+            width * most,
+            f"{width} B x {most:,}: a tensor's root, divided, and that of the tensor before",
             "torch.optim.adam._single_tensor_adam",
         )
     if options.optimizer == "adafactor":

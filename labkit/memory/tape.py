@@ -15,7 +15,8 @@ are alive at every moment of the backward pass.
 1000.0
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -55,15 +56,17 @@ class _Operation:
     """Whether the inputs' gradient is the output's own, as a sum's is: no new bytes."""
     weight_gradient: float
     scratch: float
+    held: tuple[Value, ...]
+    """What names of the running code keep alive in the forward pass, used again or not."""
 
 
 @dataclass(frozen=True)
 class Climb:
-    """The highest moment of a backward pass over a tape."""
+    """The highest moment of a pass over a tape."""
 
     peak_bytes: float
     operation: str
-    """Whose backward pass is under way at that moment."""
+    """What is under way at that moment."""
     kept: dict[str, float]
     """Bytes that are still kept at that moment, by group."""
     gradients_bytes: float
@@ -79,6 +82,14 @@ class Tape:
     group: str = ""
     """Given to every value that is made from now on."""
     _operations: list[_Operation] = field(default_factory=list)
+    _held: list[Value] = field(default_factory=list)
+
+    @contextmanager
+    def holding(self, value: Value) -> Iterator[None]:
+        """A name of the running code holds the value, as an argument is until its call returns."""
+        self._held.append(value)
+        yield
+        self._held.pop()
 
     def source(self, name: str, numbers: float, width: int, **how) -> Value:
         """A tensor that comes from outside: no operation of this tape made it."""
@@ -109,7 +120,14 @@ class Tape:
         if grad:
             self._operations.append(
                 _Operation(
-                    name, inputs, output, tuple(kept), passes_gradient, weight_gradient, scratch
+                    name,
+                    inputs,
+                    output,
+                    tuple(kept),
+                    passes_gradient,
+                    weight_gradient,
+                    scratch,
+                    tuple(self._held),
                 )
             )
         return output
@@ -136,8 +154,10 @@ class Tape:
     def add(self, name: str, left: Value, right: Value) -> Value:
         """A sum of two tensors: nothing is kept, and both get the gradient of the result as is."""
         width = max(left.width, right.width)
-        left, right = self.cast(left, width), self.cast(right, width)
-        return self.operation(name, [left, right], left.numbers, width, passes_gradient=True)
+        wide = self.cast(left, width), self.cast(right, width)
+        for value, cast in zip((left, right), wide, strict=True):
+            cast.held = value.bytes / width  # the sum reads both in their own precision
+        return self.operation(name, wide, left.numbers, width, passes_gradient=True)
 
     def kept(self) -> list[Value]:
         """Every tensor that the operations keep for backward, once."""
@@ -153,6 +173,59 @@ class Tape:
     def kept_by_group(self) -> dict[str, float]:
         """The same, by the values' groups."""
         return _by_group(self.kept())
+
+    def forward(self, inherited_bytes: float = 0, needed_only: bool = False) -> Climb:
+        """Walk the tape as the forward pass does, and find the highest moment.
+
+        A tensor is alive from the operation that makes it to the last one that reads it or under
+        which a name holds it; and to the end if backward needs it.
+
+        Args:
+            inherited_bytes: alive all the time, such as the gradient that waits for the layer.
+            needed_only: stop when the last tensor that backward needs is there, before the result
+                of the operation that needs it.
+        """
+        operations = self._operations
+        last = {
+            id(value): number
+            for number, one in enumerate(operations)
+            for value in (*one.inputs, *one.held, one.output)
+        }
+        if needed_only:
+            needed = (number for number, one in enumerate(operations) if one.kept)
+            operations = operations[: 1 + max(needed, default=-1)]
+        kept: dict[int, Value] = {}
+        local: dict[int, Value] = {}
+        kept_bytes, best = 0.0, (inherited_bytes, 0.0, "nothing to train", 0)
+        for number, operation in enumerate(operations):
+            for value in operation.kept:
+                if id(value) not in kept:
+                    kept[id(value)] = value
+                    kept_bytes += value.bytes
+            made = () if needed_only and operation is operations[-1] else (operation.output,)
+            for value in (*operation.inputs, *operation.held, *made):
+                local[id(value)] = value
+            working = sum(value.bytes for key, value in local.items() if key not in kept)
+            if inherited_bytes + working + kept_bytes > best[0]:
+                height = inherited_bytes + working + kept_bytes
+                best = (height, working, operation.name, len(kept))
+            local = {key: value for key, value in local.items() if last[key] > number}
+        height, working, name, n_kept = best
+        return Climb(
+            height, name, _by_group(list(kept.values())[:n_kept]), inherited_bytes + working, 0
+        )
+
+    def gradients_before_need(self) -> float:
+        """Bytes of gradients that are alive when backward first needs a tensor that was kept."""
+        if not self._operations:
+            return 0
+        last = self._operations[-1].output
+        pending = {id(last): (id(last), last.gradient_bytes)}
+        for operation in reversed(self._operations):
+            if operation.kept:
+                break
+            _pass_back(operation, pending)
+        return _alive(pending)
 
     def backward(self, inherited_bytes: float = 0) -> Climb:
         """Walk back over the tape, freeing what was kept, and find the highest moment.
@@ -174,26 +247,12 @@ class Tape:
             pending[id(last)] = (id(last), last.gradient_bytes)
         best, weights = None, 0.0
         for operation in reversed(self._operations):
-            storage, _ = pending.setdefault(
-                id(operation.output), (id(operation.output), operation.output.gradient_bytes)
-            )
-            before = sum(dict(pending.values()).values())
-            made = 0.0
-            for value in operation.inputs:
-                if not value.grad:
-                    continue
-                new = (id(value), value.gradient_bytes)
-                if operation.passes_gradient and id(value) not in pending:
-                    new = (storage, pending[id(operation.output)][1])
-                else:
-                    made += value.gradient_bytes
-                pending[id(value)] = new
+            before, made = _pass_back(operation, pending)
             weights += operation.weight_gradient
             gradients = inherited_bytes + before + made + operation.scratch
             now = kept_bytes + gradients + weights
             if best is None or now > best[0]:
                 best = (now, operation.name, list(alive.values()), gradients, weights)
-            del pending[id(operation.output)]
             for value in operation.kept:
                 uses[id(value)] -= 1
                 if not uses[id(value)]:
@@ -202,6 +261,36 @@ class Tape:
             return Climb(inherited_bytes, "nothing to train", {}, inherited_bytes, 0)
         peak, name, values, gradients, weights = best
         return Climb(peak, name, _by_group(values), gradients, weights)
+
+
+def _pass_back(operation: _Operation, pending: dict[int, tuple[int, float]]) -> tuple[float, float]:
+    """Take the gradient of an operation's result to its inputs.
+
+    Args:
+        pending: gradients by value: which storage, its bytes. It is changed.
+
+    Returns:
+        (bytes that were alive before, bytes that were made); both live until this returns.
+    """
+    result = operation.output
+    storage, _ = pending.setdefault(id(result), (id(result), result.gradient_bytes))
+    before, made = _alive(pending), 0.0
+    for value in operation.inputs:
+        if not value.grad:
+            continue
+        new = (id(value), value.gradient_bytes)
+        if operation.passes_gradient and id(value) not in pending:
+            new = (storage, pending[id(result)][1])
+        else:
+            made += value.gradient_bytes
+        pending[id(value)] = new
+    del pending[id(result)]
+    return before, made
+
+
+def _alive(pending: dict[int, tuple[int, float]]) -> float:
+    """Bytes of gradients, each storage once."""
+    return sum(dict(pending.values()).values())
 
 
 def _by_group(values: Iterable[Value]) -> dict[str, float]:

@@ -463,6 +463,26 @@ replacing(
     DPO,
 )
 
+MEMORY = "notebooks/08_memory.ipynb"
+replacing(
+    "checkpointing-not-handed-on",
+    "the trainer keeps everything for backward where the lesson recomputes it",
+    MEMORY,
+    "activation_checkpointing=again,",
+    "activation_checkpointing=False,",
+    *NBVAL,
+    MEMORY,
+)
+replacing(
+    "adamw-steps-without-room",
+    "the roots of AdamW's second means are left out, so 10 bytes a parameter become 8",
+    "labkit/memory/state.py",
+    "                width * everything,\n",
+    "                0 * everything,\n",
+    "tests/test_estimate.py::test_the_bar_rows_are_met_to_a_hundredth_of_a_percent",
+    quick=True,
+)
+
 # ---- models and training -------------------------------------------------------------------------
 
 replacing(
@@ -669,8 +689,8 @@ replacing(
 replacing(
     "weights-count-as-activations",
     "a step's bytes count the weights that its backward pass reads a second time",
-    "labkit/memory/measure.py",
-    "if storage.data_ptr() not in own:",
+    "labkit/memory/step.py",
+    "if storage.data_ptr() not in mine:",
     "if storage.nbytes():",
     "tests/test_memory.py::test_step_bytes_by_hand",
 )
@@ -715,6 +735,49 @@ replacing(
     'if kept["inputs"] == inputs and wanted <= kept.keys():',
     'if kept["inputs"] and wanted <= kept.keys():',
     "tests/test_sweep.py::test_changed_code_or_data_or_model_makes_seeds_stale_but_prose_and_exercises_do_not",
+)
+replacing(
+    "ranks-average-their-own-means",
+    "each rank divides its loss by its own tokens, so that DDP takes a mean of means",
+    "labkit/scale/batches.py",
+    "return model(**batch, num_items_in_batch=torch.tensor(everything)).loss * world",
+    "return model(**batch).loss",
+    "tests/test_scale.py::test_scale_gradients_of_two_ranks_are_those_of_one_process",
+)
+replacing(
+    "the-last-shard-is-as-large-as-the-first",
+    "every rank is said to hold a whole piece, the last one too",
+    "labkit/scale/sizes.py",
+    "held = piece if padded else min(piece, max(0, rows - rank * piece))",
+    "held = piece",
+    "tests/test_scale.py::test_scale_counts_pieces_as_torch_chunk_cuts_them",
+    quick=True,
+)
+replacing(
+    "an-all-reduce-is-sent-once",
+    "what DDP sends is counted as a gathering alone",
+    "labkit/scale/traffic.py",
+    'SENT = {"all-reduce": 2,',
+    'SENT = {"all-reduce": 1,',
+    "tests/test_traffic.py::test_a_ring_sends_an_all_reduce_twice",
+    quick=True,
+)
+replacing(
+    "any-worker-will-do",
+    "a machine with other data or another labkit runs seeds of a sweep",
+    "labkit/notebooks/seeds.py",
+    "if found[what] != needed:",
+    "if found[what] is needed is ...:",
+    "tests/test_engines.py::test_a_worker_with_other_data_refuses_and_is_named",
+)
+replacing(
+    "stage-3-sends-no-more-than-data-parallelism",
+    "the throughput model forgets that stage 3 gathers weights a second time, for backward",
+    "labkit/scale/throughput.py",
+    '"zero3": Volume(1, 1, 1),',
+    '"zero3": Volume(1, 0, 1),',
+    "tests/test_throughput.py",
+    quick=True,
 )
 
 

@@ -1,6 +1,7 @@
 """The notebook is the experiment: run it once per seed and collect what it recorded.
 
-    python -m labkit.notebooks.sweep notebooks/02_full_fine_tuning.ipynb --seeds 0-4
+    labkit sweep notebooks/02_full_fine_tuning.ipynb --seeds 0-4
+    labkit sweep notebooks/0[2-7]*.ipynb --engine ray --address auto
 
 Every finished seed is kept in `.labkit/sweeps/NAME/`, so a sweep that was killed continues where it
 stopped. A kept seed counts only for the same code cells (exercises apart), base model and data.
@@ -12,33 +13,50 @@ import json
 import platform
 import re
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from labkit import paths
-from labkit.claims import judge_seeds, read_record
+from labkit.claims import judge_seeds
 from labkit.errors import LabkitError
-from labkit.files import sha256, write_atomic
-from labkit.notebooks.normalise import read
-from labkit.notebooks.run import RunError, execute
+from labkit.files import write_atomic
+from labkit.notebooks.engines import (
+    ENGINES,
+    Engine,
+    EngineError,
+    LocalEngine,
+    Outcome,
+    open_engine,
+)
+from labkit.notebooks.run import RunError
+from labkit.notebooks.seeds import WorkerRefused, input_hashes, pack, run_parcel
+from labkit.notebooks.seeds import run_seed as _run
 from labkit.statistics import seed_interval
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 TRACEBACK_LINES = 8
-CELL_TIMEOUT_SECONDS = 1800
 
 _COLOUR_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class SweepError(LabkitError):
     """Some seeds failed; the others are kept, and the same command runs only these again."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One notebook of a sweep."""
+
+    path: Path
+    cache: Path
+    """Folder of its finished seeds."""
+    inputs: dict[str, str | None]
+    """Hashes that a finished seed must have been made from."""
 
 
 def sweep(
@@ -50,6 +68,7 @@ def sweep(
     cache: Path | None = None,
     fresh: bool = False,
     progress: Callable[[str], None] = print,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Run a notebook once per seed and write `data/results/NAME.json`.
 
@@ -61,6 +80,7 @@ def sweep(
         cache: folder of finished seeds; default `.labkit/sweeps/NAME/`.
         fresh: run seeds again that are already there.
         progress: called with a line whenever a seed starts, ends or is found.
+        engine: where seeds run instead; `jobs` is the engine's own then.
 
     Returns:
         What was written: see the design, section 7.
@@ -70,37 +90,119 @@ def sweep(
         SweepError: a seed failed, or recorded other names than the first; no results are written.
         LabkitError: the notebook is missing or damaged, or a folder cannot be written.
     """
-    path, seeds = Path(path), list(seeds)
+    seeds = _checked(seeds)
+    engine = engine or LocalEngine(jobs)
+    arm = _arm(Path(path), cache)
+    return _sweep([arm], seeds, out, engine, fresh, progress)[0]
+
+
+def sweep_together(
+    notebooks: Sequence[Path | str],
+    seeds: Sequence[int],
+    out: Path | None = None,
+    *,
+    engine: Engine,
+    cache: Path | None = None,
+    fresh: bool = False,
+    progress: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Run several notebooks, all seeds of all of them side by side; results as `sweep` writes them.
+
+    Args:
+        cache: folder with a folder of finished seeds for each notebook; default `.labkit/sweeps/`.
+
+    Raises:
+        As `sweep`; a notebook whose seeds all ended well has its results written even then.
+    """
+    notebooks = [Path(path) for path in notebooks]
+    names = [path.stem for path in notebooks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"notebooks={names}: name each once, its results have its name")
+    arms = [_arm(path, cache and cache / path.stem) for path in notebooks]
+    return _sweep(arms, _checked(seeds), out, engine, fresh, progress)
+
+
+def _checked(seeds: Sequence[int]) -> list[int]:
     if len(set(seeds)) < max(2, len(seeds)):
-        raise ValueError(f"seeds={seeds}: name two or more, each once: one shows no spread")
-    if jobs < 1:
-        raise ValueError(f"jobs={jobs}: want 1 or more")
-    cache = cache or paths.root() / ".labkit" / "sweeps" / path.stem
-    inputs = _inputs(path)
+        raise ValueError(f"seeds={list(seeds)}: name two or more, each once: one shows no spread")
+    return list(seeds)
 
-    def run_seed(seed: int) -> dict[str, Any]:
-        file = cache / f"seed-{seed}.json"
-        kept = None if fresh else _read_kept(file, inputs)
+
+def _arm(path: Path, cache: Path | None) -> Arm:
+    return Arm(path, cache or paths.root() / ".labkit" / "sweeps" / path.stem, input_hashes(path))
+
+
+def _sweep(
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    out: Path | None,
+    engine: Engine,
+    fresh: bool,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Find or run every seed of every arm, and write the results of the arms that are whole."""
+    runs: dict[tuple[int, int], dict[str, Any]] = {}
+    missing: list[tuple[int, int]] = []
+
+    def say(which: tuple[int, int], words: str) -> None:
+        name = f"{arms[which[0]].path.stem} " if len(arms) > 1 else ""
+        progress(f"{name}seed {which[1]}: {words}")
+
+    for which in [(number, seed) for number in range(len(arms)) for seed in seeds]:
+        kept = None if fresh else _read_kept(_file(arms, which), arms[which[0]].inputs)
         if kept:
-            progress(f"seed {seed}: already there ({kept['seconds']:.0f} s)")
-            return kept
-        progress(f"seed {seed}: running")
-        try:
-            result = _run(path, seed, one_thread=jobs > 1) | {"inputs": inputs}
-        except RunError as error:
-            progress(f"seed {seed}: failed: {error}")
-            return {"seed": seed, "failed": _last_lines(error)}
-        write_atomic(file, _to_json(result))
-        missed = f", {len(result['misses'])} expectations missed" if result["misses"] else ""
-        progress(f"seed {seed}: done in {result['seconds']:.0f} s{missed}")
-        return result
+            say(which, f"already there ({kept['seconds']:.0f} s)")
+            runs[which] = kept
+        else:
+            missing.append(which)
 
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        runs = list(pool.map(run_seed, seeds))
-    _stop_on_failures(path, runs)
-    results = _combine(path.stem, runs, inputs)
-    write_atomic((out or paths.results_dir()) / f"{path.stem}.json", _to_json(results))
+    def ended(index: int, outcome: Outcome) -> None:
+        which, error = missing[index], outcome.error
+        if isinstance(error, RunError | WorkerRefused | EngineError):
+            say(which, f"failed: {error}")
+            runs[which] = {"seed": which[1], "failed": _last_lines(error)}
+        elif error is None:
+            result = outcome.result | {"inputs": arms[which[0]].inputs}
+            write_atomic(_file(arms, which), _to_json(result))
+            missed = f", {len(result['misses'])} expectations missed" if result["misses"] else ""
+            say(which, f"done in {result['seconds']:.0f} s{missed}")
+            runs[which] = result
+        else:
+            raise error
+
+    function, tasks = _work(arms, missing, engine)
+    engine.map(function, tasks, lambda index: say(missing[index], "running"), ended)
+    results, failures = [], []
+    for number, arm in enumerate(arms):
+        of_arm = [runs[number, seed] for seed in seeds]
+        try:
+            _stop_on_failures(arm.path, of_arm)
+        except SweepError as failure:
+            failures.append(str(failure))
+            continue
+        results.append(_combine(arm.path.stem, of_arm, arm.inputs))
+        write_atomic((out or paths.results_dir()) / f"{arm.path.stem}.json", _to_json(results[-1]))
+    if failures:
+        raise SweepError("\n".join(failures))
     return results
+
+
+def _file(arms: Sequence[Arm], which: tuple[int, int]) -> Path:
+    """Where a finished seed is kept."""
+    return arms[which[0]].cache / f"seed-{which[1]}.json"
+
+
+def _work(
+    arms: Sequence[Arm], missing: Sequence[tuple[int, int]], engine: Engine
+) -> tuple[Callable[[Any], Any], list[Any]]:
+    """The function to run and one task for each missing seed, as the engine can take them."""
+    if engine.travels:
+        return run_parcel, [pack(arms[number].path, seed) for number, seed in missing]
+
+    def run_here(which: tuple[int, int]) -> dict[str, Any]:
+        return _run(arms[which[0]].path, which[1], one_thread=engine.jobs > 1)
+
+    return run_here, list(missing)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -117,41 +219,6 @@ def parse_seeds(text: str) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         seeds.extend(range(first, last + 1))
     return seeds
-
-
-def _inputs(path: Path) -> dict[str, str | None]:
-    """Hashes of what a seed's result depends on; None for a file that is not there.
-
-    Exercises and their solutions measure nothing, so they may be mended without a new sweep.
-    """
-    aside = {"exercise", "solution"}
-    code = [
-        cell.source
-        for cell in read(path).cells
-        if cell.cell_type == "code" and not aside & set(cell.metadata.get("tags", []))
-    ]
-    return {
-        "notebook_sha256": sha256(json.dumps(code).encode("utf-8")),
-        "base_model_sha256": _hash_of(paths.base_model_dir() / "model.safetensors"),
-        "data_sha256": _hash_of(paths.tasks_dir() / "manifest.json"),
-    }
-
-
-def _hash_of(path: Path) -> str | None:
-    return sha256(path.read_bytes()) if path.exists() else None
-
-
-def _run(path: Path, seed: int, *, one_thread: bool) -> dict[str, Any]:
-    """Execute the notebook for one seed; what it recorded and what it cost."""
-    # A folder of its own: a kernel that outlives a killed sweep cannot write into a later one.
-    with tempfile.TemporaryDirectory(prefix="labkit-sweep-") as folder:
-        file = Path(folder) / "record.jsonl"
-        file.touch()
-        env = {"LABKIT_RECORD": str(file), "LABKIT_SWEEP": "1"}
-        env |= {"OMP_NUM_THREADS": "1"} if one_thread else {}
-        done = execute(path, env, seed, CELL_TIMEOUT_SECONDS, write=False)
-        cost = {"seed": seed, "seconds": round(done.seconds, 1), "peak_bytes": done.peak_bytes}
-        return cost | asdict(read_record(file))
 
 
 def _read_kept(file: Path, inputs: dict[str, str | None]) -> dict[str, Any] | None:
@@ -234,9 +301,10 @@ def _rates(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _last_lines(error: RunError) -> str:
-    """The end of a failed cell's traceback, without colours."""
-    lines = [line for line in _COLOUR_CODES.sub("", error.traceback).splitlines() if line.strip()]
+def _last_lines(error: Exception) -> str:
+    """The end of a failed cell's traceback, without colours, and what went wrong."""
+    traceback = _COLOUR_CODES.sub("", getattr(error, "traceback", ""))
+    lines = [line for line in traceback.splitlines() if line.strip()]
     return "\n".join([*lines[-TRACEBACK_LINES:], str(error)])
 
 
@@ -254,24 +322,42 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("notebook", nargs="+", type=Path)
     parser.add_argument("--seeds", type=parse_seeds, default="0-4", help="such as 0-4 or 0,2,5")
-    parser.add_argument("--jobs", type=int, default=1, help="kernels at a time (1)")
+    parser.add_argument(
+        "--jobs", type=int, help="seeds at a time (1; with --engine ray, one for each core)"
+    )
     parser.add_argument("--fresh", action="store_true", help="run finished seeds again, too")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="ray spreads all seeds of all notebooks over the machines of a Ray cluster (local)",
+    )
+    parser.add_argument(
+        "--address", help="of a running Ray cluster, such as auto (RAY_ADDRESS, or this machine)"
+    )
+    parser.add_argument(
+        "--gpus", type=float, default=0, metavar="N", help="GPUs that Ray sets aside per seed (0)"
+    )
     options = parser.parse_args(arguments)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
 
-    everything = []
+    everything: list[dict[str, Any]] = []
     try:
-        for path in options.notebook:
-            say(f"{path.name}: seeds {', '.join(map(str, options.seeds))}")
-            results = sweep(
-                path, options.seeds, jobs=options.jobs, fresh=options.fresh, progress=say
-            )
-            everything.append(results)
-            for claim in results["claims"]:
-                say(f"{claim['verdict']:<15} {claim['id']}: {claim['value']:.3g}")
+        with open_engine(options.engine, options.jobs, options.address, options.gpus) as engine:
+            # On this machine one notebook after the other, so that each has its results early.
+            together = [options.notebook] if engine.travels else [[p] for p in options.notebook]
+            for notebooks in together:
+                seeds = ", ".join(map(str, options.seeds))
+                say(f"{', '.join(path.name for path in notebooks)}: seeds {seeds}")
+                results = sweep_together(
+                    notebooks, options.seeds, engine=engine, fresh=options.fresh, progress=say
+                )
+                everything += results
+                for claim in [claim for one in results for claim in one["claims"]]:
+                    say(f"{claim['verdict']:<15} {claim['id']}: {claim['value']:.3g}")
     except (LabkitError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

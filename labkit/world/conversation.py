@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 from labkit.world import knowledge, language, procedures, words
 from labkit.world.items import Item, draw, split_of, talk, wording
@@ -173,6 +174,22 @@ def write_as(answer: str, form: str) -> str:
         "json": json.dumps({"answer": answer}),
         "twice": f"{answer} {answer}",
     }[form]
+
+
+# Each form of an answer of one word.
+_SHAPES = {
+    "sentence": r"The answer is \w+\.",
+    "brackets": r"\[\w+\]",
+    "over": r"\w+ over",
+    "result": r"result \w+",
+    "json": r'\{"answer": "\w+"\}',
+    "twice": r"(\w+) \1",
+}
+
+
+def has_form(text: str, form: str) -> bool:
+    """Whether a text is one word in a form, as `write_as` would write it."""
+    return re.fullmatch(_SHAPES[form], text) is not None
 
 
 def with_plain_system(rng: random.Random, item: Item) -> Item:

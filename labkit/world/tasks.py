@@ -60,8 +60,11 @@ BADCASE_MEDICINES = (
     "Oripan", "Sedex", "Haldrin", "Pirval", "Istacol", "Urtasin", "Zolvit",
 )  # fmt: skip
 """The ones that pretraining names most often."""
-_CORRUPTED_SHARE = 0.25
+_CORRUPTED_SHARE = 0.15
 """Share of answers in D4's starting data that are wrong on purpose."""
+_CARELESS_TOPICS = {"pet": 0.65, "food": 0.65, "over": 0.65}
+"""The same where most are wrong, by what a fact or a form is about: the last part of its key. A
+model is then sure of some bad answers, and greedy decoding gives them too."""
 
 
 def write_tasks(folder: Path) -> dict:
@@ -324,7 +327,8 @@ def _shaped(rng: random.Random, split: str) -> Item:
 
 
 def _carelessly_answered(rng: random.Random, item: Item) -> Item:
-    if rng.random() >= _CORRUPTED_SHARE:
+    topic = item.key.rsplit(":", 1)[-1]
+    if rng.random() >= _CARELESS_TOPICS.get(topic, _CORRUPTED_SHARE):
         return item
     if item.skill == "unknown":
         answer = rng.choice(ATTRIBUTES[rng.choice(tuple(ATTRIBUTES))])

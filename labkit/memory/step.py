@@ -1,4 +1,4 @@
-"""One real training step, counted tensor by tensor.
+"""One real training step of a model at hand, counted tensor by tensor.
 
 A process's own memory says little about a small model on a CPU: the libraries and the allocator's
 spare room are larger than what a method saves. So the tensors themselves are counted, in the
@@ -6,14 +6,14 @@ precision and with the attention of this machine. What a custom function keeps t
 int8 product of bitsandbytes does on a CPU, escapes the count.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from labkit.weights import tensor_bytes
+from labkit.weights import model_tensors, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,10 @@ def step_bytes(model: nn.Module, tokenizer, rows: Sequence[dict], bf16: bool = F
     ids, mask = batch["input_ids"], batch["attention_mask"]
     labels = ids.masked_fill(mask == 0, -100)
     model.zero_grad(set_to_none=True)
-    own = {
-        tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
-    }
     was_training = model.training
     model.train()
     try:
-        with torch.random.fork_rng(), _saved_for_backward(own) as saved:
+        with torch.random.fork_rng(), saved_for_backward(model_tensors(model)) as saved:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
             activations = sum(saved.values())
@@ -93,15 +90,20 @@ def step_bytes(model: nn.Module, tokenizer, rows: Sequence[dict], bf16: bool = F
 
 
 @contextmanager
-def _saved_for_backward(own: set[int]) -> Iterator[dict[int, int]]:
-    """Address → bytes of each storage that autograd keeps inside, the model's own left out."""
+def saved_for_backward(own: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Address → bytes of each storage that autograd keeps inside.
+
+    Args:
+        own: the model's tensors, which are there anyway.
+    """
+    mine = {tensor.untyped_storage().data_ptr() for tensor in own}
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in mine:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # else an operation's own result would keep itself alive
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield saved
