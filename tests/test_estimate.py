@@ -512,7 +512,7 @@ def test_more_of_anything_never_takes_less(method, again, name, values):
 
 @pytest.mark.parametrize(
     ("key", "values"),
-    [("num_hidden_layers", (1, 2, 40)), ("vocab_size", (100, 50_000)), ("hidden_size", (32, 4096))],
+    [("num_hidden_layers", (1, 2, 40)), ("vocab_size", (100, 50_000)), ("hidden_size", (64, 4096))],
 )
 def test_more_model_never_takes_less(key, values):
     peaks = [
@@ -603,13 +603,46 @@ def test_8_bit_states_are_a_quarter_and_embeddings_stay_whole():
 
 
 def test_generation_counts_weights_and_the_cache():
-    found = estimate_generation(MISTRAL, new_tokens=96, batch_size=4, seq_len=4000)
+    found = estimate_generation(MISTRAL, new_tokens=4000, batch_size=4, seq_len=96)
     terms = found.to_json()["terms"]
     assert terms["weights"] == 2 * 7_241_732_096
     # 2 x 32 layers x 8 heads x 128 x 2 bytes = 128 KiB a token.
     assert terms["cache of keys and values"] == 4 * 4096 * 128 * 1024
-    longer = estimate_generation(MISTRAL, new_tokens=97, batch_size=4, seq_len=4000)
+    longer = estimate_generation(MISTRAL, new_tokens=4001, batch_size=4, seq_len=96)
     assert longer.peak_allocated_bytes - found.peak_allocated_bytes == 4 * 128 * 1024
+
+
+def test_more_new_tokens_than_can_be_meant_are_refused():
+    with pytest.raises(ValueError, match="new_tokens=.a number of 1329 bits.: give at most"):
+        estimate_generation(MISTRAL, new_tokens=10**400)
+
+
+def test_generation_peaks_at_the_prompt_or_at_the_last_token():
+    def terms(**options):
+        found = estimate_generation(MISTRAL, batch_size=4, seq_len=4000, **options)
+        said = found.to_json()["terms"]
+        assert sum(said.values()) == found.peak_allocated_bytes
+        return said
+
+    prompt, last = terms(new_tokens=96), terms(new_tokens=40_000)
+    assert prompt["cache of keys and values"] == 4 * 4000 * 128 * 1024
+    assert prompt["one layer over the prompt"] == 2 * 16_000 * (2 * 4096 + 3 * 14336)
+    assert "logits of the last token" not in prompt and "one layer over the prompt" not in last
+    assert last["cache of keys and values"] == 4 * 44_000 * 128 * 1024
+    eager = terms(new_tokens=96, attention="eager")
+    assert eager["attention scores of the prompt"] == (2 + 4) * 4 * 32 * 4000 * 4000
+    assert "attention scores of the prompt" not in prompt
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_devices": 2}, {"zero_stage": 3}, {"sharding": "fsdp"}],
+    ids=str,
+)
+@pytest.mark.parametrize("task", [estimate_generation, estimate_merge])
+def test_jobs_without_gradients_are_counted_on_one_device(task, options):
+    with pytest.raises(ValueError, match="counted on one device: leave it out"):
+        task(MISTRAL, **options)
 
 
 def test_merging_needs_room_for_one_matrix():
@@ -645,8 +678,19 @@ def test_merging_needs_room_for_one_matrix():
         ({"method": "lora", "target_modules": []}, "which no layer of mistral"),
         ({"method": "freeze", "trainable_layers": 33}, "the model has 32 layers"),
         ({"precision": "bf16"}, "precision='bf16': no such option"),
+        ({"seq_len": 10**400}, "seq_len=(a number of 1329 bits): give at most 1,000,000,000,000"),
+        ({"encoder_hidden_size": "a"}, "encoder_hidden_size='a': give a whole number from 1"),
+        ({"encoder_hidden_size": 1.5}, "encoder_hidden_size=1.5: give a whole number from 1"),
+        ({"target_modules": 5}, "target_modules=5: give 'all-linear', or names"),
+        ({"target_modules": ["q_proj", 5]}, "target_modules=['q_proj', 5]: give 'all-linear'"),
+        ({"lora_dropout": "a"}, "lora_dropout='a': give a share"),
+        ({"autocast": "no"}, "autocast='no': give True or False"),
+        ({"zero_stage": True}, "zero_stage=True is unknown"),
+        ({"zero_stage": 2.0}, "zero_stage=2.0 is unknown"),
+        ({"attention": "flash_attention_2", "dtype": "fp32"}, "dtype='fp32' without autocast"),
+        ({"attention": "flash_attention_2", "device": "cpu"}, "with device='cpu': the kernel"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_impossible_options_are_named(options, said):
     with pytest.raises(ValueError) as caught:
@@ -663,16 +707,48 @@ def test_impossible_options_are_named(options, said):
         ({"num_key_value_heads": 7}, "num_attention_heads=32 is no multiple"),
         ({"hidden_size": 4097}, "hidden_size=4097 is no multiple of num_attention_heads=32"),
         (
-            {"model_type": "bert", "vocab_size": None},
-            "model_type='bert' is no family that is known",
+            {"model_type": "novel", "vocab_size": None},
+            "model_type='novel' is no family that is known",
         ),
+        ({"model_type": "bert"}, "model_type='bert' has an encoder"),
+        ({"model_type": "novel", "is_encoder_decoder": True}, "'novel' has an encoder"),
+        ({"attention_dropout": [1]}, "attention_dropout=[1]: give a share from 0 to below 1"),
+        ({"attention_dropout": "x"}, "attention_dropout='x': give a share"),
+        ({"attention_dropout": float("nan")}, "attention_dropout=nan: give a share"),
+        ({"attention_dropout": -3}, "attention_dropout=-3: give a share"),
+        ({"model_type": "gpt2", "attn_pdrop": "x"}, "attn_pdrop='x': give a share"),
+        ({"model_type": "gpt2", "embd_pdrop": 1}, "embd_pdrop=1: give a share"),
+        ({"model_type": "phi3", "resid_pdrop": True}, "resid_pdrop=True: give a share"),
+        ({"vocab_size": 10**5000}, "vocab_size=(a number of 16610 bits): give at most"),
+        ({"vocab_size": -(10**5000)}, "vocab_size=(a number of 16610 bits): give a whole number"),
+        ({"text_config": {"text_config": {}}}, "text_config holds another text_config"),
+        (
+            {"hidden_size": 64, "num_attention_heads": 128, "num_key_value_heads": 1},
+            "num_attention_heads=128 is more than hidden_size=64",
+        ),
+        ({"head_dim": 65}, "head_dim=65 is odd"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60] if not isinstance(value, dict) else "-".join(value),
 )
 def test_impossible_configs_are_named(change, said):
     with pytest.raises(ValueError) as caught:
         estimate(MISTRAL | change)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_that_a_file_says_are_packed_are_noted():
+    packed = MISTRAL | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    found = estimate(packed)
+    assert found.notes[0].startswith("quantization_config ('gptq') was not read")
+    assert found.peak_allocated_bytes == estimate(MISTRAL).peak_allocated_bytes
+
+
+def test_what_fsdps_root_unit_holds_is_noted():
+    full = {"sharding": "fsdp", "num_devices": 2}
+    (note,) = [note for note in estimate(MISTRAL, **full).notes if "root unit" in note]
+    assert "up to 0.52 GB of whole gradients" in note  # 2 B x 2 x 32,000 x 4,096
+    others = estimate(MISTRAL, method="lora", **full).notes + estimate(MISTRAL).notes
+    assert not [note for note in others if "root unit" in note]
 
 
 def test_learned_positions_end_somewhere():
@@ -750,7 +826,14 @@ def test_command_finds_a_downloaded_model(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{not json", "is not JSON"), ("[1, 2]", "holds list, no object"), (None, "no such file")],
+    [
+        ("{not json", "is not JSON"),
+        ("[1, 2]", "holds list, no object"),
+        (None, "no such file"),
+        ("[" * 200_000, "is not JSON (maximum recursion depth"),
+        (f'{{"vocab_size": {"9" * 5000}}}', "config.json is not JSON (Exceeds the limit"),
+    ],
+    ids=["no json", "list", "missing", "nested", "long number"],
 )
 def test_command_refuses_what_is_no_config_in_one_line(tmp_path, capsys, content, said):
     file = tmp_path / "config.json"
@@ -759,6 +842,12 @@ def test_command_refuses_what_is_no_config_in_one_line(tmp_path, capsys, content
     assert cli.main(["estimate", str(file)]) == 2
     message = capsys.readouterr().err
     assert said in message and message.count("\n") == 1
+
+
+def test_command_names_a_folder_of_no_user(capsys):
+    assert cli.main(["estimate", "~nosuchuser/x.json"]) == 2
+    message = capsys.readouterr().err
+    assert "'~nosuchuser/x.json': no such file" in message and message.count("\n") == 1
 
 
 def test_command_imports_neither_torch_nor_transformers():

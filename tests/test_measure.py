@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 from torch._C._profiler import _EventType
+from torch.utils.flop_counter import FlopCounterMode
 
 from labkit import cli, paths
 from labkit.errors import LabkitError
@@ -28,6 +29,7 @@ from labkit.memory.build import (
 )
 from labkit.memory.cases import SMALL, Case, cases, config
 from labkit.memory.closed_form import build_options
+from labkit.memory.flops import step_flops
 from labkit.memory.measurement import Run
 from labkit.memory.options import Options
 from labkit.memory.plan import DoesNotFit
@@ -152,6 +154,28 @@ def test_a_watch_tells_kinds_apart_in_each_phase():
         pass
     assert again.samples[0].kinds["weights"] == storage_bytes(model_tensors(model)[:1])
     assert again.samples[-1].kinds["optimizer states"] == 8 * n + 4 * tensors  # and step counters
+
+
+def test_a_watch_is_started_once():
+    model = build_model(TINY, options(), "cpu")
+    with TensorWatch(model) as live:
+        height = live.peak.bytes
+        with pytest.raises(RuntimeError, match="was started before: make a new one"):
+            live.start()
+    with pytest.raises(RuntimeError, match="was started before: make a new one"):
+        live.start()
+    assert live.peak.bytes == height == storage_bytes(model_tensors(model))
+
+
+@pytest.mark.parametrize("method", ["full", "freeze", "lora"])
+def test_the_counted_products_are_torchs(method):
+    given = {"seq_len": 64, "attention": "eager", "lora_dropout": 0.0, "method": method}
+    given = options(**given, reentrant=True, gradient_checkpointing=True)
+    deeper = TINY | {"num_hidden_layers": 4}
+    model = build_model(deeper, given, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        sft_loss(model, random_batch(given, 300, "cpu"), given).backward()
+    assert step_flops(read(deeper), given).total == counter.get_total_flops()
 
 
 # ---- GPU ---------------------------------------------------------------------------------------
@@ -329,6 +353,12 @@ def test_what_cannot_be_measured_is_refused_in_one_line(given, error, said):
 def test_an_unknown_model_type_is_named():
     with pytest.raises(ValueError, match="model_type='novel': transformers builds no such model"):
         measure(TINY | {"model_type": "novel"}, **SHORT)
+
+
+def test_a_key_that_transformers_refuses_is_said_in_one_line():
+    with pytest.raises(ValueError, match="transformers builds no such model") as caught:
+        measure(TINY | {"hidden_act": "novel"}, **SHORT)
+    assert "novel" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

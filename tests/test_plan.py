@@ -61,6 +61,16 @@ def test_a_card_has_less_memory_than_its_label():
         ("RTX4090", "RTX 4090"),
         ("nvidia a100-80gb", "A100 80GB"),
         ("l4", "L4"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-32GB", "V100 32GB"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("AMD Radeon RX 7900 XTX", "RX 7900 XTX"),
     ],
 )
 def test_cards_are_found_however_they_are_written(said, meant):
@@ -73,6 +83,9 @@ def test_cards_are_found_however_they_are_written(said, meant):
         ("a100", "gpu 'a100' may be any of A100 40GB, A100 80GB: name one"),
         ("k80", "gpu 'k80' is not known here: use one of RTX 3060 12GB, T4"),
         ("", "gpu '' is not known here"),
+        ("NVIDIA", "gpu 'NVIDIA' is not known here"),
+        ("NVIDIA H100 PCIe", "gpu 'NVIDIA H100 PCIe' is not known here"),  # a slower one
+        ("Tesla V100-SXM2-16GB", "gpu 'Tesla V100-SXM2-16GB' is not known here"),
     ],
 )
 def test_unknown_cards_are_named(said, message):
@@ -137,6 +150,18 @@ def test_frozen_weights_save_the_products_of_their_gradients():
     assert lora.forward == flops(gradient_checkpointing=False).forward + 8 * 3 * adapter
     frozen_layers = flops(method="freeze", trainable_layers=1, gradient_checkpointing=False)
     assert frozen_layers.backward < flops(gradient_checkpointing=False).backward / 2
+
+
+def test_frozen_layers_under_checkpointing_by_hand():
+    # Computed again, all three of them; the gradient passes through the two that are frozen.
+    frozen = {"method": "freeze", "trainable_layers": 1}
+    again, kept = flops(**frozen), flops(**frozen, gradient_checkpointing=False)
+    products, scores = 2 * (2 * 64 + 2 * 32 + 3 * 128), 2 * 2 * 4 * 8
+    assert again.recomputed == flops().recomputed == 8 * 3 * (products + scores)
+    assert again.backward == kept.backward + 8 * 2 * (products + 2 * scores)
+    assert (again.forward, kept.recomputed) == (kept.forward, 0)
+    every = {"method": "freeze", "trainable_layers": 3}
+    assert flops(**every).backward == flops(**every, gradient_checkpointing=False).backward
 
 
 def test_a_token_meets_only_its_experts():
@@ -327,9 +352,59 @@ def test_measured_times_are_those_of_the_public_rows():
     knob = price(MISTRAL, "LoRA instead of full", seq_len=512)
     assert (knob.time, knob.time_status) == (full / lora, "measured")
     assert "costs no time: about 8 % less (measured)" in str(knob)
-    assert price(MISTRAL, "QLoRA instead of LoRA", method="lora").time == lora / qlora
+    [run] = [row for row in rows("bar") if row.name == names[1]]
+    knob = price(MISTRAL, "QLoRA instead of LoRA", **run.options)
+    assert (knob.time, knob.time_status) == (lora / qlora, "measured")
     small = price(QWEN, "LoRA instead of full", seq_len=512)  # nobody measured such a small one
     assert small.time_status == "model"
+
+
+@pytest.mark.parametrize(
+    ("lever", "public", "change"),
+    [
+        ("LoRA instead of full", "full", change)
+        for change in (
+            {"autocast": True, "dtype": "fp32"},
+            {"dtype": "fp16"},
+            {"num_devices": 2},
+            {"num_devices": 2, "sharding": "fsdp"},
+            {"num_devices": 2, "zero_stage": 2},
+            {"objective": "dpo"},
+            {"attention": "eager"},
+            {"attention": "sdpa", "padding": True},
+            {"gradient_checkpointing": False},
+            {"method": "freeze"},
+            {"device": "cpu", "attention": "sdpa"},
+        )
+    ]
+    + [
+        ("QLoRA instead of LoRA", "lora", change)
+        for change in (
+            {"autocast": True, "dtype": "fp32"},
+            {"num_devices": 2},
+            {"objective": "dpo"},
+            {"attention": "sdpa"},
+            {"seq_len": 512},
+            {"batch_size": 1},
+            {"lora_rank": 64},
+            {"target_modules": "all-linear"},
+            {"loss_path": "fused"},
+            {"kbit_prepared": False},
+        )
+    ],
+    ids=str,
+)
+def test_no_time_is_called_measured_that_was_not(lever, public, change):
+    [run] = [row for row in rows("bar") if row.name == f"Mistral-7B-v0.1 {public} bf16 batch 4"]
+    assert price(MISTRAL, lever, **run.options).time_status == "measured"
+    assert price(MISTRAL, lever, **{**run.options, **change}).time_status == "model"
+
+
+def test_one_row_is_one_row():
+    cost = price(MISTRAL, "sharding over devices", seq_len=512).cost
+    assert "each with its own 1 row;" in cost
+    cost = price(MISTRAL, "sharding over devices", seq_len=512, batch_size=2).cost
+    assert "each with its own 2 rows;" in cost
 
 
 def test_traffic_has_a_size_and_no_invented_time():
@@ -409,7 +484,8 @@ def test_every_way_that_is_offered_fits(config, gib, options):
     assert not any(alone & set(way.names) for way in ways if len(way.names) == 2)
     message = str(caught.value)
     assert isinstance(caught.value, LabkitError) and "\n" not in message
-    assert (f"only {len(ways)} among single changes and pairs" in message) == (len(ways) < 3)
+    few = f"only {len(ways)} among single changes and pairs of changes that are not enough alone"
+    assert (few in message) == (len(ways) < 3)
     assert all(str(way) in message for way in ways)
 
 
@@ -477,6 +553,11 @@ def test_where_nothing_helps_it_says_so():
         (lambda: model("gpt5"), "model 'gpt5' is not among those known here: bundled, GPT-2"),
         (lambda: rows("foo"), "group='foo' has no rows: use bar, held out, sharded"),
         (lambda: parse_size("24 QB"), "'24 QB' is no size: give one such as 24GiB or 80GB"),
+        (lambda: parse_size("24"), "'24' would be bytes: give a unit, such as 24GiB"),
+        (lambda: parse_size("1048575"), "'1048575' would be bytes: give a unit, such as 24GiB"),
+        (lambda: parse_size("24G"), "'24G' may be either of two: write GB or GiB"),
+        (lambda: parse_size("9" * 400), "is too large a size: give one such as 24GiB or 80GB"),
+        (lambda: parse_size("1000001TB"), "is too large a size: give one such as 24GiB"),
     ],
 )
 def test_what_cannot_be_meant_is_named(call, said):
@@ -487,7 +568,9 @@ def test_what_cannot_be_meant_is_named(call, said):
 
 def test_sizes_are_read_and_written():
     assert parse_size("24GiB") == 24 * GIB and parse_size("80 GB") == 80 * 10**9
-    assert parse_size("1.5kib") == 1536 and parse_size("1000") == 1000
+    assert parse_size("1.5kib") == 1536 and parse_size("1000B") == 1000
+    assert parse_size("0") == 0 and parse_size(str(2**20)) == 2**20
+    assert parse_size("25769803776") == 24 * GIB and parse_size("1000000TB") == 10**18
     assert [size_text(n) for n in (5, 1536, 3 * GIB, -GIB)] == [
         "5 B", "1.50 KiB", "3.00 GiB", "-1.00 GiB",
     ]  # fmt: skip
@@ -549,14 +632,32 @@ def test_command_says_where_it_is_tight(mistral_file, capsys):
     options = ("--method", "lora", "--seq-len", "512")
     peak = estimate(MISTRAL, method="lora", seq_len=512).peak_allocated_bytes
     text = run(capsys, mistral_file, *options, "--memory", str(peak + 1), status=1)
-    assert "it may run: its tensors alone have room" in text
+    assert "its tensors alone have room; others failed with as little left as this\n" in text
+    named = (*options, "--memory", str(peak + GIB), "--reserve", "2GiB")
+    text = run(capsys, mistral_file, *named, status=1)
+    assert "it may run: its tensors alone have room\n" in text  # nobody reported of that reserve
     assert run(capsys, mistral_file, *options, "--memory", str(peak), "--reserve", "0")
+
+
+def test_command_says_where_the_reserve_is_too_large(mistral_file, capsys):
+    said = "nothing is left for tensors; keep less free with --reserve"
+    for asked in (("--memory", "2GiB"), ("--gpu", "L4", "--reserve", "30GiB")):
+        text = run(capsys, mistral_file, *asked, status=1)
+        assert said in text and "\nno single change and no pair of changes is enough\n" in text
+    assert said not in run(capsys, mistral_file, "--memory", "24GiB", status=1)
+
+
+def test_command_says_where_it_looked_for_ways(mistral_file, capsys):
+    asked = ("--method", "qlora", "--seq-len", "8192", "--batch-size", "8")
+    text = run(capsys, mistral_file, *asked, "--memory", "10GiB", status=1)
+    assert "no more than 1 among single changes and pairs of changes that are not enough" in text
 
 
 def test_command_prints_json(mistral_file, capsys):
     text = run(capsys, mistral_file, "--memory", "24GiB", "--seq-len", "2048", "--json", status=1)
     printed = json.loads(text)
     assert (printed["fits"], printed["largest_batch"]) == (False, None)
+    assert printed["estimate"] == json.loads(json.dumps(estimate(MISTRAL, seq_len=2048).to_json()))
     assert printed["peak_allocated_bytes"] == estimate(MISTRAL, seq_len=2048).peak_allocated_bytes
     assert [way["names"] for way in printed["ways"]][0] == ["LoRA instead of full"]
     assert {"name", "change", "saved_bytes", "time", "time_status", "cost", "fits"} <= set(
@@ -571,6 +672,12 @@ def test_command_prints_json(mistral_file, capsys):
         (["--memory", "much"], "'much' is no size: give one such as 24GiB"),
         (["--memory", "24GiB", "--gpu", "T4"], "not allowed with argument --memory"),
         (["--gpu", "K80"], "gpu 'K80' is not known here"),
+        (["--memory", "24"], "argument --memory: '24' would be bytes: give a unit"),
+        (["--memory", "0"], "argument --memory: '0' is no memory: give one above 0"),
+        (
+            ["--gpu", "T4", "--device", "cpu"],
+            "--gpu 'T4' with --device cpu: a card's memory is not",
+        ),
         (["--batch-size", "0"], "batch_size=0: give a whole number from 1"),
     ],
 )
@@ -609,7 +716,7 @@ def test_command_imports_neither_torch_nor_transformers():
         {"method": "qlora", "objective": "dpo", "batch_size": 4},
         {"batch_size": 10**9},
         {"batch_size": 10**9 + 7, "seq_len": 8192},
-        {"batch_size": 2**40, "gradient_checkpointing": False, "objective": "dpo"},
+        {"batch_size": 2**39, "gradient_checkpointing": False, "objective": "dpo"},
     ],
     ids=str,
 )

@@ -13,6 +13,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+LARGEST = 10**12
+"""No size or count is above it: more is a slip of the hand."""
+
+
+def shown(value: Any) -> str:
+    """A value as an error line shows it: short, whatever a file holds."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"(a number of {value.bit_length()} bits)"
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"(a deeply nested {type(value).__name__})"
+    return text if len(text) <= 80 else text[:77] + "..."
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -155,20 +169,47 @@ def read(config: Mapping[str, Any]) -> Architecture:
         raise ValueError(
             f"config is {type(config).__name__}, no JSON object: give what a config.json holds"
         )
+    model_type = str(config.get("model_type") or "")
+    if config.get("is_encoder_decoder") or model_type in _ENCODERS:
+        raise ValueError(
+            f"config: model_type={shown(model_type)} has an encoder, and decoder-only models are "
+            "counted: give the config.json of a language model such as Llama or Qwen"
+        )
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
+        if isinstance(inner.get("text_config"), Mapping):
+            raise ValueError(
+                "config: text_config holds another text_config: give the config.json of a "
+                "decoder-only language model"
+            )
         outer = str(config.get("model_type", "this model"))
         kept = {name: config[name] for name in _OUTER if name in config}
-        text = read({**kept, **inner})
+        text = _noting_quantization(read({**kept, **inner}), config)
         note = f"{outer}: only the text part was counted, no image or audio encoder"
         return replace(text, uncounted=(note, *text.uncounted))
-    model_type = str(config.get("model_type") or "")
     family = _FAMILIES.get(model_type)
     if family is None:
-        return _unknown(config, model_type)
-    return _checked(family(_Config(config, model_type)))
+        found = _unknown(config, model_type)
+    else:
+        found = _checked(family(_Config(config, model_type)))
+    return _noting_quantization(found, config)
 
 
+def _noting_quantization(shape: Architecture, config: Mapping[str, Any]) -> Architecture:
+    """The same shapes; a file whose weights are packed (GPTQ, AWQ, ...) is said to be."""
+    packed = config.get("quantization_config")
+    if not packed:
+        return shape
+    how = shown(packed.get("quant_method")) if isinstance(packed, Mapping) else shown(packed)
+    note = f"quantization_config ({how}) was not read: weights count as method and dtype say"
+    return replace(shape, uncounted=(note, *shape.uncounted))
+
+
+_ENCODERS = {
+    "albert", "bart", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra",
+    "longformer", "mbart", "modernbert", "mpnet", "mt5", "pegasus", "roberta", "t5", "umt5",
+    "whisper", "xlm-roberta",
+}  # fmt: skip
 _OUTER = ("tie_word_embeddings", "torch_dtype", "dtype")
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -190,7 +231,9 @@ class _Config:
                 "give the config.json of a decoder-only language model"
             )
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"config: {name}={value!r}: give a whole number from 1")
+            raise ValueError(f"config: {name}={shown(value)}: give a whole number from 1")
+        if value > LARGEST:
+            raise ValueError(f"config: {name}={shown(value)}: give at most {LARGEST:,}")
         return value
 
     def optional(self, name: str) -> int | None:
@@ -204,8 +247,13 @@ class _Config:
         return str(self.values.get(name) or default)
 
     def share(self, name: str, default: float = 0.0) -> float:
+        """From 0 to below 1, as dropout rates are; None in the file is the default."""
         value = self.values.get(name)
-        return default if value is None else float(value)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"config: {name}={shown(value)}: give a share from 0 to below 1")
+        return float(value)
 
     def common(self, tied: bool) -> dict[str, Any]:
         """Fields that every family reads alike; `tied` is the family's own default."""
@@ -473,6 +521,11 @@ _LLAMA_KEYS = {
 
 def _checked(shape: Architecture) -> Architecture:
     """The same shapes, unless attention cannot be made of them."""
+    if shape.heads > shape.hidden and shape.head_dim == 1:
+        raise ValueError(
+            f"config: num_attention_heads={shape.heads} is more than hidden_size={shape.hidden}: "
+            "give head_dim, or fewer heads"
+        )
     if shape.heads % shape.kv_heads:
         raise ValueError(
             f"config: num_attention_heads={shape.heads} is no multiple of "
@@ -482,6 +535,11 @@ def _checked(shape: Architecture) -> Architecture:
         raise ValueError(
             f"config: hidden_size={shape.hidden} is no multiple of num_attention_heads="
             f"{shape.heads}: give head_dim, or sizes that divide"
+        )
+    if shape.rotary and not shape.rotary_parts and shape.head_dim % 2:
+        raise ValueError(
+            f"config: head_dim={shape.head_dim} is odd, and rotary positions turn numbers in pairs:"
+            f" give an even head_dim (hidden_size / num_attention_heads where it is not given)"
         )
     if shape.experts_per_token > shape.experts:
         raise ValueError(

@@ -5,6 +5,7 @@ without weights, and random ones are made where they are needed, quantized one m
 """
 
 import copy
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -101,7 +102,7 @@ def check_trainable(options: Options, device: str) -> None:
 
 
 def _folder_with_weights(where: str | Path) -> Path | None:
-    folder = paths.base_model_dir() if where == "bundled" else Path(where).expanduser()
+    folder = paths.base_model_dir() if where == "bundled" else Path(os.path.expanduser(where))
     return folder if folder.is_dir() and any(folder.glob("*.safetensors")) else None
 
 
@@ -139,15 +140,16 @@ def _random(
     model_type = values.pop("model_type", None)
     try:
         described = AutoConfig.for_model(str(model_type), **values)
-    except ValueError as error:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                described, dtype=TORCH_DTYPES[options.dtype], attn_implementation=options.attention
+            )
+    except Exception as error:  # each model class checks its own keys, in its own way
+        why = " ".join(str(error).split())[:200]
         raise ValueError(
             f"model_type={model_type!r}: transformers builds no such model: a step can be measured "
-            "for the families it has"
+            f"for the families it has, with the keys they take ({type(error).__name__}: {why})"
         ) from error
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
-            described, dtype=TORCH_DTYPES[options.dtype], attn_implementation=options.attention
-        )
     if options.is_4_bit:
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 

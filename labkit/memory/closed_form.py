@@ -19,7 +19,7 @@ from typing import Any
 from labkit import paths
 from labkit.memory import sharding
 from labkit.memory.architecture import Architecture, read
-from labkit.memory.options import Options, check_fit
+from labkit.memory.options import DTYPES, Options, check_fit
 from labkit.memory.phases import LAYER, LOSS, STEP, Moment, Step
 from labkit.memory.state import state_bytes, trained_width
 from labkit.memory.terms import Term
@@ -148,7 +148,7 @@ def load_config(where: str | Path) -> dict[str, Any]:
     file = _find_config(str(where))
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
         raise ValueError(f"config {where} is not JSON ({error}): give a config.json") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {where} holds {type(values).__name__}, no object: give a "
@@ -157,7 +157,7 @@ def load_config(where: str | Path) -> dict[str, Any]:
 
 
 def _find_config(where: str) -> Path:
-    path = paths.base_model_dir() if where == "bundled" else Path(where).expanduser()
+    path = paths.base_model_dir() if where == "bundled" else Path(os.path.expanduser(where))
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
         return path
@@ -219,6 +219,13 @@ def _notes(arch: Architecture, options: Options) -> tuple[str, ...]:
         notes.append("this model caps its attention scores, which sdpa cannot: eager was counted")
     if options.attention == "sdpa" and options.dtype == "fp32" and not options.autocast:
         notes.append("sdpa in fp32 is counted as a fused kernel; some GPUs fall back to eager")
+    if options.sharding == "fsdp" and options.method == "full" and options.num_devices > 1:
+        tables = arch.vocabulary * arch.hidden * (1 if arch.tied else 2)
+        left_out = tables * (2 if options.autocast else DTYPES[options.dtype])
+        notes.append(
+            f"not counted in layer backward: up to {left_out / 1e9:.2f} GB of whole gradients of "
+            "the head and the embedding, which FSDP's root unit divides when backward ends"
+        )
     if options.fused and options.optimizer != "adamw":
         notes.append(f"fused has no meaning for {options.optimizer}")
     return tuple(notes)

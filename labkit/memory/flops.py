@@ -69,11 +69,15 @@ def step_flops(arch: Architecture, options: Options) -> Flops:
 
     forward = tokens * (layers * layer + head)
     again = options.gradient_checkpointing
+    # A checkpoint's output asks for its gradient, whether its layer is trained or not: so the
+    # gradient passes through the frozen layers of `freeze`, too, and each is computed again.
+    passed = layers - flowing if again else 0
+    through = passed * (matrices + scores_backward)
     reference = options.objective == "dpo" and not options.precompute_reference
     return Flops(
         forward=forward,
-        backward=tokens * (flowing * layer_backward + head_backward),
-        recomputed=tokens * flowing * layer if again else 0,
+        backward=tokens * (flowing * layer_backward + through + head_backward),
+        recomputed=tokens * layers * layer if again else 0,
         reference=forward if reference else 0,
     )
 

@@ -125,6 +125,8 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
 def find(name: str) -> Gpu:
     """The class that a name means, whatever its spaces, dashes and capitals: `h100`, `a100-80gb`.
 
+    Names that torch and nvidia-smi print are known, too, such as `NVIDIA A100-SXM4-80GB`.
+
     Raises:
         ValueError: no such class, or a name that several share.
     """
@@ -144,8 +146,17 @@ def find(name: str) -> Gpu:
     )
 
 
+_MAKER = {"nvidia", "geforce", "tesla", "amd", "instinct", "radeon"}
+_FORM = {"sxm", "sxm2", "sxm4", "sxm5", "hbm3", "hbm3e", "oam"}
+"""Words that torch and nvidia-smi print of the cards here, and that tell none of them apart. Not
+`PCIe`: an H100 or V100 on PCIe is slower than those here; of an A100 it is nearly the same."""
+
+
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removeprefix("geforce")
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    idle = _MAKER | _FORM | ({"pcie"} if "a100" in words else set())
+    plain = "".join(word for word in words if word not in idle)
+    return plain.removeprefix("nvidia").removeprefix("geforce")
 
 
 def reserve_bytes(memory_bytes: float, device: str = "cuda") -> int:

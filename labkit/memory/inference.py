@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labkit.memory.architecture import Architecture, read
+from labkit.memory.architecture import LARGEST, Architecture, read, shown
 from labkit.memory.closed_form import build_options, load_config
 from labkit.memory.options import DTYPES, Options, adapted_matrices
 from labkit.memory.phases import WORKSPACE
@@ -55,7 +55,9 @@ def cache_bytes(arch: Architecture, rows: int, tokens: int, width: int) -> int:
 def estimate_generation(
     config: Mapping[str, Any] | str | Path, new_tokens: int = 256, **options: Any
 ) -> InferenceEstimate:
-    """Peak bytes of `generate`: weights, the full cache, and the prompt's widest layer.
+    """Peak bytes of `generate`: the higher of two moments, beside weights and the cache so far.
+
+    One layer over the whole prompt, or the logits of the last token, when the cache is full.
 
     Args:
         config: as for `estimate`.
@@ -64,49 +66,74 @@ def estimate_generation(
             adapter), batch_size, seq_len, dtype.
 
     Raises:
-        ValueError: as `estimate`, and a `new_tokens` below 0.
+        ValueError: as `estimate`, a `new_tokens` below 0, and options of several devices.
     """
     if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 0:
-        raise ValueError(f"new_tokens={new_tokens!r}: give a whole number from 0")
+        raise ValueError(f"new_tokens={shown(new_tokens)}: give a whole number from 0")
+    if new_tokens > LARGEST:
+        raise ValueError(f"new_tokens={shown(new_tokens)}: give at most {LARGEST:,}")
     arch, chosen = _read(config, options)
     width, rows = DTYPES[chosen.dtype], chosen.batch_size
-    tokens = rows * chosen.queries
     length = chosen.keys + new_tokens
     if arch.positions is not None and length > arch.positions:
         raise ValueError(
             f"seq_len + new_tokens = {length} is more than the {arch.positions} positions that "
             "this model has learned: give fewer"
         )
-    # Prompt: the residual stream, the normed input, and gate, up and their product.
-    widest = 2 * arch.hidden + (3 if arch.gated else 2) * arch.mlp * max(1, arch.experts_per_token)
-    last = rows * arch.vocabulary * (width + 2 * FP32)
-    terms = [
-        *_held(arch, chosen),
-        *term(
-            "cache of keys and values",
-            cache_bytes(arch, rows, length, width),
-            f"2 x {arch.layers} layers x {arch.kv_width} x {rows} x {length} tokens x {width} B",
-            "transformers DynamicCache",
-        ),
-        *term(
-            "one layer over the prompt",
-            tokens * widest * width,
-            f"{width} B x {tokens} tokens x {widest}",
-            "transformers' modeling files, without gradients",
-            UNVERIFIED,
-        ),
-        *term(
-            "logits of the last token",
-            last,
-            f"({width} + 2 x 4) B x {rows} rows x {arch.vocabulary}: and fp32 copies to pick from",
-            "transformers generate, logits_to_keep=1",
-            UNVERIFIED,
-        ),
-    ]
+    moments = (
+        [*_cache_terms(arch, rows, chosen.keys, width), *_prompt_terms(arch, chosen)],
+        [*_cache_terms(arch, rows, length, width), *_logits_terms(arch, rows, width)],
+    )
+    terms = [*_held(arch, chosen), *max(moments, key=total)]
     notes = arch.uncounted
     if arch.window:
         notes += (f"layers with a window keep {arch.window} tokens at most; all were counted",)
     return InferenceEstimate(total(terms), "generation", tuple(terms), arch.parameters, notes)
+
+
+def _cache_terms(arch: Architecture, rows: int, tokens: int, width: int) -> list[Term]:
+    return term(
+        "cache of keys and values",
+        cache_bytes(arch, rows, tokens, width),
+        f"2 x {arch.layers} layers x {arch.kv_width} x {rows} x {tokens} tokens x {width} B",
+        "transformers DynamicCache",
+    )
+
+
+def _prompt_terms(arch: Architecture, options: Options) -> list[Term]:
+    """The widest place of one layer over the prompt: its MLP, or the scores of eager attention."""
+    width, tokens = DTYPES[options.dtype], options.batch_size * options.queries
+    # The residual stream, the normed input, and gate, up and their product.
+    widest = 2 * arch.hidden + (3 if arch.gated else 2) * arch.mlp * max(1, arch.experts_per_token)
+    source = "transformers' modeling files, without gradients"
+    formula = f"{width} B x {tokens} tokens x {widest}"
+    mlp = term("one layer over the prompt", tokens * widest * width, formula, source, UNVERIFIED)
+    if options.attention != "eager":
+        return mlp
+    projected = 2 * arch.hidden + arch.q_width + 2 * arch.kv_width
+    pairs = options.batch_size * arch.heads * options.queries * options.keys
+    formula = f"{width} B x {tokens} tokens x {projected}"
+    attention = [
+        *term("one layer over the prompt", tokens * projected * width, formula, source, UNVERIFIED),
+        *term(
+            "attention scores of the prompt",
+            pairs * (width + FP32),
+            f"({width} + 4) B x rows x heads x queries x keys: scores, and their softmax in fp32",
+            "transformers eager_attention_forward",
+            UNVERIFIED,
+        ),
+    ]
+    return max(mlp, attention, key=total)
+
+
+def _logits_terms(arch: Architecture, rows: int, width: int) -> list[Term]:
+    return term(
+        "logits of the last token",
+        rows * arch.vocabulary * (width + 2 * FP32),
+        f"({width} + 2 x 4) B x {rows} rows x {arch.vocabulary}: and fp32 copies to pick from",
+        "transformers generate, logits_to_keep=1",
+        UNVERIFIED,
+    )
 
 
 def estimate_merge(config: Mapping[str, Any] | str | Path, **options: Any) -> InferenceEstimate:
@@ -160,7 +187,20 @@ def _read(
 ) -> tuple[Architecture, Options]:
     arch = read(config if isinstance(config, Mapping) else load_config(config))
     # Nothing is prepared for training: norms, embedding and head keep their 16 bits.
-    return arch, build_options(arch, {"kbit_prepared": False, **options})
+    chosen = build_options(arch, {"kbit_prepared": False, **options})
+    several = {
+        "num_devices": chosen.num_devices > 1,
+        "zero_stage": chosen.zero_stage,
+        "sharding": chosen.sharding != "none",
+        "offload": chosen.offload != "none",
+    }
+    for name, asked in several.items():
+        if asked:
+            raise ValueError(
+                f"{name}={getattr(chosen, name)!r}: generating and merging are counted on one "
+                "device: leave it out"
+            )
+    return arch, chosen
 
 
 def _held(arch: Architecture, options: Options) -> list[Term]:

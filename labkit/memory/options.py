@@ -1,9 +1,9 @@
 """What is trained and how: every choice that moves memory, checked once, with its default."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from labkit.memory.architecture import Architecture, Matrix
+from labkit.memory.architecture import LARGEST, Architecture, Matrix, shown
 
 METHODS = ("full", "freeze", "lora", "qlora", "prompt", "p-tuning", "prefix")
 OBJECTIVES = ("sft", "dpo")
@@ -65,18 +65,32 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
+            value = getattr(self, name)
+            if value not in choices or isinstance(value, bool | float):  # True is no 1
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown: use {', '.join(map(str, choices))}"
+                    f"{name}={shown(value)} is unknown: use {', '.join(map(str, choices))}"
                 )
         for name in _COUNTS:
             value = getattr(self, name)
+            if value is None and name == "encoder_hidden_size":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: give a whole number from 1")
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            raise ValueError(f"encoder_hidden_size={self.encoder_hidden_size}: give 1 or more")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout}: give a share from 0 to below 1")
+                raise ValueError(f"{name}={shown(value)}: give a whole number from 1")
+            if value > LARGEST:
+                raise ValueError(f"{name}={shown(value)}: give at most {LARGEST:,}")
+        for name in _SWITCHES:
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={shown(value)}: give True or False")
+        rate = self.lora_dropout
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise ValueError(f"lora_dropout={shown(rate)}: give a share from 0 to below 1")
+        wanted = self.target_modules
+        if not isinstance(wanted, Collection) or not all(isinstance(one, str) for one in wanted):
+            raise ValueError(
+                f"target_modules={shown(wanted)}: give 'all-linear', or names such as "
+                "['q_proj', 'v_proj']"
+            )
         if self.deepspeed and self.sharding == "fsdp":
             raise ValueError(
                 f"zero_stage={self.zero_stage} with sharding='fsdp': DeepSpeed and FSDP shard the "
@@ -158,7 +172,11 @@ _CHOICES: dict[str, Sequence] = {
 }
 _COUNTS = (
     "lora_rank", "num_virtual_tokens", "trainable_layers", "batch_size", "seq_len",
-    "accumulation_steps", "num_devices",
+    "accumulation_steps", "num_devices", "encoder_hidden_size",
+)  # fmt: skip
+_SWITCHES = (
+    "autocast", "foreach", "fused", "padding", "gradient_checkpointing", "reentrant",
+    "double_quant", "kbit_prepared", "precompute_reference",
 )  # fmt: skip
 
 
@@ -195,7 +213,15 @@ def adapted_matrices(arch: Architecture, options: Options) -> tuple[Matrix, ...]
 
 
 def check_fit(arch: Architecture, options: Options) -> None:
-    """Raise ValueError where the options ask for what this architecture cannot do."""
+    """Raise ValueError where the options ask for what this architecture or a kernel cannot do."""
+    if options.attention == "flash_attention_2":
+        fp32 = options.dtype == "fp32" and not options.autocast
+        if fp32 or options.device == "cpu":
+            why = "dtype='fp32' without autocast" if fp32 else "device='cpu'"
+            raise ValueError(
+                f"attention='flash_attention_2' with {why}: the kernel computes in 16 bits on a "
+                "GPU: use 'sdpa'"
+            )
     if options.method == "freeze" and options.trainable_layers > arch.layers:
         raise ValueError(
             f"trainable_layers={options.trainable_layers}: the model has {arch.layers} layers"

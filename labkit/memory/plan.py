@@ -33,6 +33,8 @@ Config = Mapping[str, Any] | str | Path
 MOST_ROWS, MOST_TOKENS = 2**16, 2**20
 """Where the searches stop: nobody trains on larger passes or longer rows."""
 WAYS = 3
+SEARCHED = "single changes and pairs of changes that are not enough alone, variants aside"
+NO_WAY = "no single change and no pair of changes is enough"
 MEASURED, MODEL, UNKNOWN = "measured", "model", "unknown"
 """How sure the time of a change is: measured in public, counted in products, or neither."""
 
@@ -429,10 +431,9 @@ def require_fit(
 
 def _offer(ways: tuple[Way, ...]) -> str:
     if not ways:
-        return "No single change and no pair of changes is enough: take a smaller model, or more "\
-               "and larger devices"  # fmt: skip
+        return f"{NO_WAY.capitalize()}: take a smaller model, or more and larger devices"
     listed = "; ".join(f"{number}. {way}" for number, way in enumerate(ways, 1))
-    few = "" if len(ways) == WAYS else f" (only {len(ways)} among single changes and pairs)"
+    few = "" if len(ways) == WAYS else f" (only {len(ways)} among {SEARCHED})"
     return f"It would fit with{few}: {listed}"
 
 

@@ -19,6 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     memory, gpu, reserve = given.pop("memory"), given.pop("gpu"), given.pop("reserve")
     asked = {name: value for name, value in given.items() if value is not None}
     if gpu is not None:
+        if asked.get("device") == "cpu":
+            raise ValueError(
+                f"--gpu {gpu!r} with --device cpu: a card's memory is not the CPU's: leave one "
+                "out, or give --memory"
+            )
         memory = gpus.find(gpu).memory_bytes
     report = make_plan(config, memory, reserve, **asked)
     if as_json:
@@ -43,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     room = parser.add_mutually_exclusive_group()
     room.add_argument(
-        "--memory", type=_size, metavar="SIZE", help="of the device, such as 24GiB or 80GB"
+        "--memory", type=_memory, metavar="SIZE", help="of the device, such as 24GiB or 80GB"
     )
     room.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(gpus.GPUS)}")
     parser.add_argument(
@@ -63,6 +68,13 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _memory(text: str) -> int:
+    size = _size(text)
+    if size == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no memory: give one above 0, such as 24GiB")
+    return size
+
+
 def make_plan(
     config: plan.Config, memory: int | None, reserve: int | None, **options: Any
 ) -> dict[str, Any]:
@@ -76,6 +88,8 @@ def make_plan(
         "estimate": found,
         "memory_bytes": memory,
         "reserve_bytes": None,
+        "default_reserve": reserve is None,
+        "device": options.get("device", "cuda"),
         "fits": None,
         "largest_batch": None,
         "largest_seq_len": None,
@@ -100,7 +114,7 @@ def _to_json(report: dict[str, Any]) -> dict[str, Any]:
     found = report["estimate"]
     return {
         **report,
-        "estimate": None,
+        "estimate": found.to_json(),
         "peak_allocated_bytes": found.peak_allocated_bytes,
         "phase": found.phase,
         **{name: [one.to_json() for one in report[name]] for name in ("knobs", "ways", "gpus")},
@@ -128,10 +142,16 @@ def _verdict(config: str, report: dict[str, Any]) -> list[str]:
         f"{size_text(memory)}, {size_text(report['reserve_bytes'])} are kept free and "
         f"{size_text(max(0, room))} may hold tensors"
     ]
-    if not report["fits"] and found.peak_allocated_bytes <= memory:
+    if room <= 0:
         lines.append(
-            "it may run: its tensors alone have room; others failed with as little left as this"
+            "the reserve is all of the memory: nothing is left for tensors; keep less free with "
+            "--reserve"
         )
+    if not report["fits"] and found.peak_allocated_bytes <= memory:
+        tight = "it may run: its tensors alone have room"
+        # The public messages behind the default reserve are from GPUs.
+        known = report["default_reserve"] and report["device"] == "cuda"
+        lines.append(f"{tight}; others failed with as little left as this" if known else tight)
     rows, tokens = report["largest_batch"], report["largest_seq_len"]
     lines += [
         "largest batch: " + (f"{rows:,}" if rows else "none, not even 1 row fits"),
@@ -141,7 +161,8 @@ def _verdict(config: str, report: dict[str, Any]) -> list[str]:
         lines += ["", "ways that would fit, cheapest first:"]
         lines += [f"  {number}. {way}" for number, way in enumerate(report["ways"], 1)]
     if not report["fits"] and len(report["ways"]) < plan.WAYS:
-        lines.append(f"  no more than {len(report['ways'])} among single changes and pairs")
+        n = len(report["ways"])
+        lines.append(f"  no more than {n} among {plan.SEARCHED}" if n else plan.NO_WAY)
     return lines
 
 

@@ -95,6 +95,9 @@ class TensorWatch(TorchDispatchMode):
         model: its weights are there from the start.
         optimizer: its states are told apart, and its step is a phase of its own.
         sampling: keep a `Sample` for each change.
+
+    Raises:
+        RuntimeError: it is started a second time.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any = None, *, sampling: bool = True) -> None:
@@ -105,6 +108,7 @@ class TensorWatch(TorchDispatchMode):
         self._kinds: dict[str, int] = dict.fromkeys(KINDS, 0)
         self._total = 0
         self._open = contextlib.ExitStack()
+        self._started = False
         self.phase = FORWARD
         self.peaks: dict[str, int] = {}
         """Phase -> most bytes at once, weights included."""
@@ -126,6 +130,9 @@ class TensorWatch(TorchDispatchMode):
         self.__exit__(None, None, None)
 
     def __enter__(self) -> "TensorWatch":
+        if self._started:  # its weights would be counted twice
+            raise RuntimeError("this TensorWatch was started before: make a new one")
+        self._started = True
         for tensor in model_tensors(self._model):
             self.see(tensor, WEIGHTS)
         for parameter in self._model.parameters():
