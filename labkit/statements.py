@@ -954,7 +954,7 @@ _MEMORY = (
     ),
     Claim(
         "zero-4x-and-8x-are-limits",
-        "4x and 8x are what stages 1 and 2 reach with very many devices.",
+        "Stages 1 and 2 reach 4x and 8x with very many devices.",
         "Rajbhandari et al. 2020: the paper says so, guides leave it out",
         "the smaller share of its limit that stage 1 and stage 2 reach on 1,024 devices",
         within(0.99, 1.0),

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from labkit.notebooks.plugin import not_inherited
 from labkit.notebooks.workbook import build_workbook
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome")
@@ -35,7 +34,7 @@ def lab(tmp_path):
     """A JupyterLab on a fresh workbook, its settings in a scratch folder; yields its address."""
     build_workbook(target=tmp_path / "workbook")
     port, token = free_port(), "test"
-    environment = {k: v for k, v in os.environ.items() if k not in not_inherited()}
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     for name in ("CONFIG", "DATA", "RUNTIME"):
         environment[f"JUPYTER_{name}_DIR"] = str(tmp_path / name.lower())
     for name in ("SETTINGS", "WORKSPACES"):

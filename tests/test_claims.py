@@ -125,7 +125,7 @@ def test_every_registered_claim_is_a_sentence_with_a_source_and_a_bar():
     assert len(CLAIMS) >= 8
     for claim_id, claim in CLAIMS.items():
         assert claim_id == claim.id and claim_id == claim_id.lower()
-        assert not claim.statement[0].islower() and claim.statement.endswith(".")
+        assert claim.statement[0].isupper() and claim.statement.endswith(".")
         assert claim.source and claim.quantity
         assert claim.rule.low <= claim.rule.high
 

@@ -11,7 +11,6 @@ import pytest
 
 from labkit import paths
 from labkit.notebooks.normalise import dumps
-from labkit.notebooks.plugin import not_inherited
 
 # name -> (source of a cell, what it is stored to have printed, part of the complaint about it).
 # A complaint of None means that the cell passes; a stored text of None, that it never ran.
@@ -141,10 +140,3 @@ def test_an_expected_exception_passes_only_if_it_is_the_stored_one(tmp_path):
 
     assert same == ""
     assert "Cell outputs differ" in another
-
-
-def test_a_kernel_has_every_core_only_where_nothing_runs_beside_it(monkeypatch):
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    assert "OMP_NUM_THREADS" in not_inherited()
-    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
-    assert "OMP_NUM_THREADS" not in not_inherited() and "LABKIT_MODEL" in not_inherited()

@@ -96,7 +96,7 @@ def compare(config: Mapping[str, Any] | str | Path, **options: Any) -> Agreement
     Raises:
         ValueError: as `trace`.
     """
-    values = config if isinstance(config, Mapping) else load_config(config)
+    values = load_config(config)
     arch = read(values)
     chosen = build_options(arch, options)
     traced = trace(values, **options)

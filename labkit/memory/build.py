@@ -20,7 +20,7 @@ from torch.nn import functional
 from labkit import paths
 from labkit.errors import LabkitError
 from labkit.memory.closed_form import load_config
-from labkit.memory.options import Options
+from labkit.memory.options import Options, require_one_device
 from labkit.quiet import drop_peft_notice, without_progress_bars
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -69,18 +69,11 @@ def build_model(
 
 def check_trainable(options: Options, device: str) -> None:
     """Raise ValueError or LabkitError for options that no step on one device can follow."""
-    several = {
-        "num_devices": options.num_devices > 1,
-        "zero_stage": options.zero_stage is not None,
-        "sharding": options.sharding != "none",
-        "offload": options.offload != "none",
-    }
-    for name, asked in several.items():
-        if asked:
-            raise ValueError(
-                f"{name}={getattr(options, name)!r}: a step is measured on one device: leave it "
-                "out, or ask `labkit estimate`, which answers for several"
-            )
+    require_one_device(
+        options,
+        "a step is measured on one device: leave it out, or ask `labkit estimate`, which answers "
+        "for several",
+    )
     if options.method == "prefix" and options.gradient_checkpointing:
         raise ValueError(
             "method='prefix' with gradient_checkpointing: a layer that is computed again drops the "
@@ -136,7 +129,7 @@ def _random(
 ) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = dict(config if isinstance(config, Mapping) else load_config(config))
+    values = load_config(config)
     model_type = values.pop("model_type", None)
     try:
         described = AutoConfig.for_model(str(model_type), **values)

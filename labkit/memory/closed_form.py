@@ -112,7 +112,7 @@ def moments(config: Mapping[str, Any] | str | Path, **options: Any) -> tuple[Mom
 
 
 def _step(config: Mapping[str, Any] | str | Path, options: Mapping[str, Any]) -> Step:
-    arch = read(config if isinstance(config, Mapping) else load_config(config))
+    arch = read(load_config(config))
     chosen = build_options(arch, options)
     check_fit(arch, chosen)
     return Step(arch, chosen)
@@ -139,12 +139,16 @@ def build_options(arch: Architecture, given: Mapping[str, Any]) -> Options:
     return options
 
 
-def load_config(where: str | Path) -> dict[str, Any]:
+def load_config(where: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """Read a config.json: a file, a model's folder, `bundled`, or the id of a downloaded model.
+
+    A config that is read already comes back as a copy.
 
     Raises:
         ValueError: there is none, or it is no JSON object.
     """
+    if isinstance(where, Mapping):
+        return dict(where)
     file = _find_config(str(where))
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from typing import Any
 
 from labkit.memory.architecture import LARGEST, Architecture, read, shown
 from labkit.memory.closed_form import build_options, load_config
-from labkit.memory.options import DTYPES, Options, adapted_matrices
+from labkit.memory.options import DTYPES, Options, adapted_matrices, require_one_device
 from labkit.memory.phases import WORKSPACE
 from labkit.memory.state import (
     FP32,
@@ -185,21 +185,10 @@ def estimate_merge(config: Mapping[str, Any] | str | Path, **options: Any) -> In
 def _read(
     config: Mapping[str, Any] | str | Path, options: Mapping[str, Any]
 ) -> tuple[Architecture, Options]:
-    arch = read(config if isinstance(config, Mapping) else load_config(config))
+    arch = read(load_config(config))
     # Nothing is prepared for training: norms, embedding and head keep their 16 bits.
     chosen = build_options(arch, {"kbit_prepared": False, **options})
-    several = {
-        "num_devices": chosen.num_devices > 1,
-        "zero_stage": chosen.zero_stage,
-        "sharding": chosen.sharding != "none",
-        "offload": chosen.offload != "none",
-    }
-    for name, asked in several.items():
-        if asked:
-            raise ValueError(
-                f"{name}={getattr(chosen, name)!r}: generating and merging are counted on one "
-                "device: leave it out"
-            )
+    require_one_device(chosen, "generating and merging are counted on one device: leave it out")
     return arch, chosen
 
 

@@ -145,7 +145,7 @@ def measure(
         ValueError: as `estimate`, or options that need several devices.
         LabkitError: the step does not fit (`DoesNotFit`), or something it needs is not here.
     """
-    values = config if isinstance(config, Mapping) else load_config(config)
+    values = load_config(config)
     arch = read(values)
     given = {"device": "cuda" if torch.cuda.is_available() else "cpu", **options}
     chosen = build_options(arch, given)
@@ -320,7 +320,7 @@ def expected_bytes(config: Mapping[str, Any] | str | Path, **options: Any) -> di
         config, options: as for `estimate`.
     """
     predicted = estimate(config, **options)
-    arch = read(config if isinstance(config, Mapping) else load_config(config))
+    arch = read(load_config(config))
     step = Step(arch, build_options(arch, options))
     lasting = {one.name: one.bytes for one in step.lasting}
     names = ("adapters", "soft prompt", "reference weights", "optimizer states", "inputs")

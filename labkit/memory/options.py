@@ -232,3 +232,20 @@ def check_fit(arch: Architecture, options: Options) -> None:
             f"seq_len={options.seq_len}{extra} is more than the {arch.positions} positions that "
             "this model has learned: give a shorter one"
         )
+
+
+def require_one_device(options: Options, reason: str) -> None:
+    """Raise ValueError where the options are of several devices, or of a host beside one.
+
+    Args:
+        reason: why they cannot be, and what to do; it ends the message.
+    """
+    several = {
+        "num_devices": options.num_devices > 1,
+        "zero_stage": options.zero_stage is not None,
+        "sharding": options.sharding != "none",
+        "offload": options.offload != "none",
+    }
+    for name, asked in several.items():
+        if asked:
+            raise ValueError(f"{name}={getattr(options, name)!r}: {reason}")

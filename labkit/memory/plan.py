@@ -46,7 +46,7 @@ class _Planner:
     """Peaks of one architecture under many options, each computed once."""
 
     def __init__(self, config: Config, given: Mapping[str, Any]) -> None:
-        self.values = config if isinstance(config, Mapping) else load_config(config)
+        self.values = load_config(config)
         self.arch = read(self.values)
         self.options = self.build(given)
         self._peaks: dict[Options, Moment] = {}

@@ -127,7 +127,7 @@ def trace(config: Mapping[str, Any] | str | Path, **options: Any) -> TraceEstima
             follow; a training that fails, such as a prefix under checkpointing.
     """
     start = time.perf_counter()
-    values = config if isinstance(config, Mapping) else load_config(config)
+    values = load_config(config)
     arch = read(values)
     chosen = build_options(arch, options)
     check_fit(arch, chosen)

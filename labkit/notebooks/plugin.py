@@ -9,7 +9,6 @@ model of the caller's; outputs are compared after `sanitize.cfg`; stderr is not 
 """
 
 import contextlib
-import os
 import subprocess
 import time
 from collections import deque
@@ -29,17 +28,9 @@ LOOK_SECONDS = 0.2
 """How often a running cell's kernel is looked at."""
 UNSEEN_MESSAGES = ("clear_output", "update_display_data")
 """Messages that change output already shown; a comparison of outputs cannot follow them."""
-NOT_PASSED_ON = ("LABKIT_MODEL", "LABKIT_PROFILE")
-"""Committed outputs are those of the bundled model."""
-ALONE = ("OMP_NUM_THREADS",)
-"""While a cell runs, tests wait: every core is the kernel's. But two kernels with a thread for each
-core wait for each other most of the time, so under pytest-xdist a kernel keeps the tests' limit."""
-
-
-def not_inherited() -> tuple[str, ...]:
-    """Names of the variables that a kernel under test does not inherit."""
-    side_by_side = "PYTEST_XDIST_WORKER" in os.environ
-    return NOT_PASSED_ON if side_by_side else NOT_PASSED_ON + ALONE
+NOT_PASSED_ON = ("LABKIT_MODEL", "LABKIT_PROFILE", "OMP_NUM_THREADS")
+"""Committed outputs are those of the bundled model; and while a cell runs, tests wait: every core
+is the kernel's."""
 
 
 class KernelDied(Exception):
@@ -57,8 +48,7 @@ class WatchedKernel(RunningKernel):
     def __init__(self, kernel_name: str, cwd: str, startup_timeout: float = 60) -> None:
         self._output: deque[dict] = deque()
         self.km = KernelManager(kernel_name="python3", kernel_spec_manager=ThisPython())
-        dropped = not_inherited()
-        env = {k: v for k, v in kernel_env().items() if k not in dropped}
+        env = {k: v for k, v in kernel_env().items() if k not in NOT_PASSED_ON}
         self.km.start_kernel(cwd=cwd, env=env, stderr=subprocess.DEVNULL)
         self.kc = self.km.client()
         self.kc.context.rcvhwm = 0  # an unlimited queue loses no output
