@@ -34,7 +34,7 @@ def lab(tmp_path):
     """A JupyterLab on a fresh workbook, its settings in a scratch folder; yields its address."""
     build_workbook(target=tmp_path / "workbook")
     port, token = free_port(), "test"
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment = dict(os.environ)
     for name in ("CONFIG", "DATA", "RUNTIME"):
         environment[f"JUPYTER_{name}_DIR"] = str(tmp_path / name.lower())
     for name in ("SETTINGS", "WORKSPACES"):

@@ -140,3 +140,9 @@ def test_an_expected_exception_passes_only_if_it_is_the_stored_one(tmp_path):
 
     assert same == ""
     assert "Cell outputs differ" in another
+
+
+def test_a_kernel_computes_in_one_thread_whatever_the_caller_has(tmp_path):
+    source = "import os\nprint(os.environ['OMP_NUM_THREADS'])"
+    path = write(tmp_path / "threads.ipynb", (source, "1\n"))
+    assert validate(path, OMP_NUM_THREADS="7") == [""]

@@ -1,5 +1,7 @@
 """What is wrong with a file of training rows, line by line."""
 
+import contextlib
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -79,12 +81,26 @@ def check_file(
         )
     from tqdm.auto import tqdm
 
-    found = read_records(path)
-    records = tqdm(found.records, "checked", delay=2, unit=" rows", leave=False, disable=None)
-    rows = [_check_row(record, tokenizer, max_tokens) for record in records]
-    _find_mixed_formats(rows)
-    _find_repeats(rows)
+    with _without_collections():
+        found = read_records(path)
+        records = tqdm(found.records, "checked", delay=2, unit=" rows", leave=False, disable=None)
+        rows = [_check_row(record, tokenizer, max_tokens) for record in records]
+        _find_mixed_formats(rows)
+        _find_repeats(rows)
     return found.problems, rows
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage collection inside: rows make no cycles, and looking for some among 100,000 rows,
+    again and again, takes a quarter of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _check_row(

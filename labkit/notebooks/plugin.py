@@ -21,16 +21,15 @@ from jupyter_client.manager import KernelManager
 from nbval.kernel import RunningKernel
 
 from labkit.notebooks.normalise import sanitisers
-from labkit.notebooks.run import ThisPython, kernel_env
+from labkit.notebooks.run import ONE_THREAD, ThisPython, kernel_env
 
 CELL_TIMEOUT_SECONDS = 600
 LOOK_SECONDS = 0.2
 """How often a running cell's kernel is looked at."""
 UNSEEN_MESSAGES = ("clear_output", "update_display_data")
 """Messages that change output already shown; a comparison of outputs cannot follow them."""
-NOT_PASSED_ON = ("LABKIT_MODEL", "LABKIT_PROFILE", "OMP_NUM_THREADS")
-"""Committed outputs are those of the bundled model; and while a cell runs, tests wait: every core
-is the kernel's."""
+NOT_PASSED_ON = ("LABKIT_MODEL", "LABKIT_PROFILE")
+"""Committed outputs are those of the bundled model."""
 
 
 class KernelDied(Exception):
@@ -48,7 +47,7 @@ class WatchedKernel(RunningKernel):
     def __init__(self, kernel_name: str, cwd: str, startup_timeout: float = 60) -> None:
         self._output: deque[dict] = deque()
         self.km = KernelManager(kernel_name="python3", kernel_spec_manager=ThisPython())
-        env = {k: v for k, v in kernel_env().items() if k not in NOT_PASSED_ON}
+        env = {k: v for k, v in kernel_env(ONE_THREAD).items() if k not in NOT_PASSED_ON}
         self.km.start_kernel(cwd=cwd, env=env, stderr=subprocess.DEVNULL)
         self.kc = self.km.client()
         self.kc.context.rcvhwm = 0  # an unlimited queue loses no output

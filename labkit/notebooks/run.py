@@ -57,6 +57,11 @@ class Run:
     """What the cells wrote to stderr; it is not kept in the notebook."""
 
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For outputs that are committed and compared: a text of a half-trained model depends on the number
+of threads, and two kernels with a thread for each core wait for each other most of the time."""
+
+
 class ThisPython(KernelSpecManager):
     """Finds one kernel only: the Python that runs labkit, whatever kernels a user has installed."""
 
@@ -229,6 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             run = execute(
                 path,
+                env=ONE_THREAD,
                 seed=options.seed,
                 timeout=options.timeout,
                 write=not options.no_write,
