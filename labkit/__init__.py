@@ -57,6 +57,7 @@ _PARTS = (
     "statistics",
     "stepplan",
     "training",
+    "usage",
     "weights",
     "widgets",
     "world",

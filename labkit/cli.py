@@ -20,6 +20,7 @@ import labkit
 from labkit import paths
 from labkit.errors import LabkitError
 from labkit.quiet import drop_import_notices
+from labkit.usage import Parser
 
 # Commands whose options stand beside their function: name -> (module with a `main`, what it does).
 DELEGATED = {
@@ -28,13 +29,13 @@ DELEGATED = {
     "plan": ("labkit.memory.plan_command", "say what fits, what would, and what each change saves"),
     "scoreboard": ("labkit.memory.scoreboard", "hold estimators of memory to measured runs"),
     "launch-table": ("labkit.scale.launch_table", "say what to launch for a model on a card"),
-    "sweep": ("labkit.notebooks.sweep", "run a notebook once per seed and write its results"),
+    "sweep": ("labkit.notebooks.sweep_command", "run a notebook once per seed, write its results"),
     "mutate": ("labkit.notebooks.mutate", "break the course on purpose and see the tests notice"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code, and raises SystemExit(2) on bad usage."""
+    """Run one command; returns its exit code, and raises SystemExit(2) where argparse refuses."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Windows console may lack a sign such as ≈
@@ -101,7 +102,7 @@ class _Help(argparse.HelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of all commands; `options.run(options)` does the work and returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="labkit",
         description="Tools of the fine-tuning course. Each command has --help with an example.",
         epilog="example: labkit doctor",

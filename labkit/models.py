@@ -136,7 +136,16 @@ def pick_device() -> str:
 
 
 def pick_precision() -> str:
-    """What a training step computes in here: on a CPU bf16 where that is faster, else fp32."""
+    """What a training step computes in here: on a CPU bf16 where that is faster, else fp32.
+
+    Raises:
+        LabkitError: LABKIT_PRECISION, which decides where it is set, is neither of the two.
+    """
+    chosen = os.environ.get("LABKIT_PRECISION")
+    if chosen:
+        if chosen not in ("bf16", "fp32"):
+            raise LabkitError(f"LABKIT_PRECISION={chosen}: set it to bf16 or fp32, or not at all")
+        return chosen
     if pick_device() == "cpu":
         return "bf16" if machine.bf16_speedup() > 1.3 else "fp32"
     return current_profile().precision

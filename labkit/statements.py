@@ -839,7 +839,7 @@ _MEMORY = (
     ),
     Claim(
         "a-rule-of-thumb-is-enough",
-        "Bytes a parameter are enough to tell what a training needs: within 25 %.",
+        "Bytes a parameter are enough to tell what any training needs, adapters too: within 25 %.",
         "popular guides: 8, 16 or 18 bytes a parameter",
         "median relative error of the best of three rules over the public single-GPU rows",
         at_most(0.25),

@@ -18,10 +18,13 @@ from labkit.errors import LabkitError
 from labkit.notebooks.release import NotebookCost, Timetable, make_release, timetable
 
 COMMANDS = (
-    "doctor pretrain evaluate estimate forgetting validate merge claims bench workbook release "
-    "sweep mutate"
+    "doctor pretrain evaluate estimate measure plan scoreboard launch-table forgetting validate "
+    "merge claims bench workbook release sweep mutate"
 ).split()
-HEAVY = ("torch", "transformers", "datasets", "pandas", "matplotlib")
+HEAVY = (
+    *("torch", "transformers", "datasets", "pandas", "matplotlib", "numpy", "ray"),
+    *("nbclient", "nbformat", "jsonschema", "jupyter_client"),
+)
 GOOD_ROW = {
     "messages": [
         {"role": "user", "content": "Where does Mira live?"},
@@ -74,6 +77,20 @@ def test_cli_help_names_every_command_and_loads_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "loaded:"
 
 
+def test_cli_help_of_no_command_loads_anything_heavy():
+    code = (
+        "import sys\nfrom labkit.cli import main\n"
+        f"for command in {COMMANDS}:\n"
+        "    try: main([command, '--help'])\n    except SystemExit: pass\n"
+        f"print('loaded:', *[name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=paths.root()
+    )
+    assert done.stdout.count("usage: labkit ") == len(COMMANDS)
+    assert done.stdout.splitlines()[-1] == "loaded:"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -88,13 +105,28 @@ def test_cli_help_names_every_command_and_loads_nothing_heavy():
         (["forgetting", "a", "b", "--rows", "0"], "--rows: '0': give a whole number from 1"),
         (["forgetting", "a", "b", "--margin", "0"], "'0': give a number between 0 and 100"),
         (["forgetting", "a", "b", "--margin", "few"], "'few': give a number between 0 and 100"),
+        (["claims", "more"], "unrecognized arguments: more"),
+        (["estimate"], "the following arguments are required: config"),
+        (["estimate", "bundled", "--seq-len", "long"], "argument --seq-len: invalid int value"),
+        (["estimate", "bundled", "--rows", "2"], "unrecognized arguments: --rows 2"),
+        (["measure", "bundled", "--optimizer", "lion"], "argument --optimizer: invalid choice"),
+        (["measure", "--suite", "--seq-len", "8"], "--suite has its own list: leave out --seq-len"),
+        (["plan", "bundled", "--memory", "much"], "argument --memory: 'much' is no size: give"),
+        (["scoreboard", "--out"], "argument --out: expected one argument"),
+        (["launch-table", "--method", "dora"], "argument --method: invalid choice: 'dora'"),
+        (["sweep", "x.ipynb", "--seeds", "many"], "argument --seeds: seeds='many': want numbers"),
+        (["sweep"], "the following arguments are required: notebook"),
+        (["mutate", "--fast"], "unrecognized arguments: --fast"),
     ],
 )
-def test_cli_bad_usage_exits_2_and_says_what(arguments, said, capsys):
+def test_cli_bad_usage_exits_2_and_says_in_one_line_what_and_where_help_is(arguments, said, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
-    assert said in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert said in error and one_line(error)
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    assert error.endswith(f"; see `{f'labkit {command}'.strip()} --help`\n")
 
 
 def test_cli_a_callers_mistake_found_later_exits_2_in_one_line(tmp_path, capsys):

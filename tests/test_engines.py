@@ -18,7 +18,8 @@ import pytest
 from labkit.notebooks import sweep as module
 from labkit.notebooks.engines import EngineError, LocalEngine, RayEngine, open_engine
 from labkit.notebooks.normalise import dumps
-from labkit.notebooks.sweep import SweepError, main, sweep, sweep_together
+from labkit.notebooks.sweep import SweepError, sweep, sweep_together
+from labkit.notebooks.sweep_command import main
 
 # Each seed waits until the other one has begun: it ends only if both run at the same time.
 SIDE_BY_SIDE = """

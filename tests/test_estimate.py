@@ -32,6 +32,8 @@ from labkit.memory import (
     step_bytes,
 )
 from labkit.memory.architecture import read
+from labkit.memory.closed_form import moments
+from labkit.memory.options import METHODS
 from labkit.memory.phases import Step
 from labkit.memory.reference import rows
 from labkit.memory.sharding import deepspeed_zero3, zero_states
@@ -645,6 +647,35 @@ def test_jobs_without_gradients_are_counted_on_one_device(task, options):
         task(MISTRAL, **options)
 
 
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        *((estimate_generation, method) for method in METHODS),
+        *((estimate_merge, method) for method in ("lora", "qlora")),
+    ],
+)
+def test_jobs_without_gradients_take_the_options_that_move_a_byte_and_no_other(task, method):
+    others = {
+        "objective": "dpo", "lora_rank": 3, "target_modules": "q_proj", "lora_dropout": 0.0,
+        "num_virtual_tokens": 9, "encoder_hidden_size": 32, "trainable_layers": 1, "batch_size": 7,
+        "seq_len": 8000, "accumulation_steps": 3, "dtype": "fp32", "autocast": True,
+        "optimizer": "sgd", "foreach": False, "fused": True, "attention": "eager", "padding": True,
+        "gradient_checkpointing": False, "reentrant": False, "loss_path": "fused",
+        "double_quant": False, "kbit_prepared": True, "precompute_reference": True,
+        "num_devices": 1, "zero_stage": 0, "sharding": "none", "offload": "none", "device": "cpu",
+    }  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(Options)}
+    assert set(others) == fields - {"method"}
+    usual = task(MISTRAL, method=method).terms
+    for name, value in others.items():
+        try:
+            assert task(MISTRAL, method=method, **{name: value}).terms != usual, name
+        except ValueError as error:
+            said = str(error)
+            assert said.startswith((f"{name}={value!r} changes nothing in ", f"{name}=0: "))
+            assert said.endswith("leave it out")
+
+
 def test_merging_needs_room_for_one_matrix():
     found = estimate_merge(MISTRAL, lora_rank=16)
     extra = 4096 * 14336 * (4 + 2)
@@ -743,12 +774,35 @@ def test_weights_that_a_file_says_are_packed_are_noted():
     assert found.peak_allocated_bytes == estimate(MISTRAL).peak_allocated_bytes
 
 
-def test_what_fsdps_root_unit_holds_is_noted():
-    full = {"sharding": "fsdp", "num_devices": 2}
-    (note,) = [note for note in estimate(MISTRAL, **full).notes if "root unit" in note]
-    assert "up to 0.52 GB of whole gradients" in note  # 2 B x 2 x 32,000 x 4,096
-    others = estimate(MISTRAL, method="lora", **full).notes + estimate(MISTRAL).notes
-    assert not [note for note in others if "root unit" in note]
+def whole_in_root(**options) -> dict[str, int]:
+    """Label of a moment -> bytes of gradients that FSDP's root unit has whole in it."""
+    root = "whole gradients of FSDP's root unit"
+    return {
+        moment.what: sum(one.bytes for one in moment.terms if one.name == root)
+        for moment in moments(MISTRAL, sharding="fsdp", **options)
+    }
+
+
+def test_fsdps_root_unit_keeps_gradients_whole_until_backward_ends():
+    head = 2 * (32_000 * 4_096 + 4_096)  # bf16; the last norm is in this unit, too
+    both = head + 2 * 32_000 * 4_096
+    found = whole_in_root(num_devices=8, gradient_checkpointing=True)
+    inside = [held for label, held in found.items() if "layer, at" in label]
+    assert inside == [head, head]
+    assert found["backward through the embedding"] == both
+    assert found["FSDP's root unit copies its gradients to divide them"] == both
+    assert set(whole_in_root(num_devices=8, method="lora").values()) == {0}
+    assert set(whole_in_root(num_devices=1).values()) == {0}
+
+
+def test_sharded_gradients_of_the_layers_are_counted_once():
+    whole = estimate(MISTRAL, num_devices=1)
+    cut = estimate(MISTRAL, num_devices=4, sharding="fsdp")
+    layers = 7_241_732_096 - 2 * 32_000 * 4_096 - 4_096
+    for moment in moments(MISTRAL, num_devices=4, sharding="fsdp"):
+        if moment.what == "backward through the embedding":
+            assert sum(t.bytes for t in moment.terms if t.name == "gradients") == 2 * layers // 4
+    assert cut.peak_allocated_bytes < whole.peak_allocated_bytes
 
 
 def test_learned_positions_end_somewhere():
@@ -850,6 +904,46 @@ def test_command_names_a_folder_of_no_user(capsys):
     assert "'~nosuchuser/x.json': no such file" in message and message.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "generate", "--optimizer", "sgd"], "optimizer='sgd' changes nothing in gener"),
+        (["--task", "generate", "--gradient-checkpointing"], "gradient_checkpointing=True changes"),
+        (["--task", "generate", "--lora-rank", "8"], "in generating text with method='full'"),
+        (["--task", "merge", "--batch-size", "4"], "batch_size=4 changes nothing in merging"),
+        (["--task", "merge", "--new-tokens", "4"], "--new-tokens with --task merge: only text"),
+        (["--new-tokens", "256"], "--new-tokens with --task train: only text has any"),
+    ],
+)
+def test_command_refuses_what_means_nothing_in_the_task(arguments, said, capsys):
+    assert cli.main(["estimate", "bundled", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert said in message and message.count("\n") == 1
+
+
+def test_bad_input_is_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "no.json").write_text("{not json", encoding="utf-8")
+    ways = [["measure"], ["estimate", "--trace"]]
+    given = [
+        [str(tmp_path / "gone.json")],
+        [str(tmp_path / "no.json")],
+        ["bundled", "--method", "lora", "--lora-rank", "100000"],
+        ["bundled", "--seq-len", "-5"],
+        ["bundled", "--num-devices", "2"],
+        ["bundled", "--method", "prefix"],
+    ]
+    code = (
+        "import sys; sys.modules['torch'] = None  # whoever imports it gets a ModuleNotFoundError\n"
+        "from labkit.cli import main\n"
+        f"print(*[main(way + more) for way in {ways} for more in {given}])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=paths.root()
+    )
+    assert done.stdout.split() == ["2"] * len(ways) * len(given)
+    assert len(done.stderr.splitlines()) == len(ways) * len(given)
+
+
 def test_command_imports_neither_torch_nor_transformers():
     code = (
         "import sys; from labkit.cli import main; main(['estimate', 'bundled', '--json'])\n"
@@ -881,3 +975,10 @@ def test_every_option_of_the_design_is_an_option_of_the_command(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(Options):
         assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_a_well_known_model_needs_neither_file_nor_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert estimate("Mistral-7B-v0.1").parameters == 7_241_732_096
+    with pytest.raises(ValueError, match="no name in data/memory/models.json"):
+        estimate("Mistral-8B-v0.1")

@@ -32,6 +32,7 @@ from labkit.memory.closed_form import build_options
 from labkit.memory.flops import step_flops
 from labkit.memory.measurement import Run
 from labkit.memory.options import Options
+from labkit.memory.phases import Step
 from labkit.memory.plan import DoesNotFit
 from labkit.memory.watch import AllocatorWatch, state_tensors, storage_bytes
 from labkit.weights import model_tensors
@@ -477,6 +478,36 @@ def test_a_process_that_ends_or_hangs_costs_its_case_and_no_other():
     worker.close()
     assert (one["name"], two["name"]) == (QUICK[0].name, QUICK[1].name)
     assert one["process"] == two["process"] != os.getpid()
+
+
+@pytest.fixture
+def predictions(monkeypatch):
+    """A list that gets an entry for each step whose moments are counted."""
+    asked, moments = [], Step.moments
+
+    def counting(step):
+        asked.append(step.options)
+        return moments(step)
+
+    monkeypatch.setattr(Step, "moments", counting)
+    return asked
+
+
+def test_a_measurement_predicts_once(predictions):
+    measure(TINY, gradient_checkpointing=False, **SHORT)
+    assert len(predictions) == 1
+
+
+def test_a_suite_predicts_each_row_once(tmp_path, predictions):
+    def measured(case, device):
+        return suite.head(case, device) | {"measured": {"peak": 1, "saved activations": 1}}
+
+    run(tmp_path / "cpu.json", measured)
+    assert len(predictions) == len(QUICK)
+    run(tmp_path / "cpu.json", measured)
+    assert len(predictions) == 2 * len(QUICK)
+    refused = suite._row(QUICK[0], "cuda", 2**20, measured)
+    assert refused["error"].startswith("not tried: ") and len(predictions) == 2 * len(QUICK) + 1
 
 
 # ---- what is committed -------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Bytes of a training step: by hand on a layer whose saved tensors are known, then on models."""
 
+import doctest
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 from torch import nn
 
-from labkit import models
+from labkit import models, paths
 from labkit.memory import step_bytes
 from labkit.weights import fingerprint
 
@@ -92,3 +94,18 @@ def test_step_bytes_says_what_is_missing(folder):
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         step_bytes(model, tokenizer, ROWS)
+
+
+# ---- examples in docstrings --------------------------------------------------------------------
+
+EXAMPLES = [
+    file.stem
+    for file in sorted((paths.root() / "labkit" / "memory").glob("*.py"))
+    if ">>> " in file.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_in_docstrings_are_true(name):
+    found = doctest.testmod(importlib.import_module(f"labkit.memory.{name}"))
+    assert found.attempted and not found.failed

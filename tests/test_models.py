@@ -457,6 +457,27 @@ def test_precision_is_bf16_only_where_this_cpu_is_faster_in_it(monkeypatch):
     assert models.pick_precision() == models.PROFILES["gpu-small"].precision == "bf16"
 
 
+def test_a_precision_can_be_chosen_by_hand(monkeypatch):
+    monkeypatch.setattr(models.machine, "bf16_speedup", lambda: 9.0)
+    monkeypatch.setenv("LABKIT_PRECISION", "fp32")
+    assert models.pick_precision() == "fp32"
+    monkeypatch.setenv("LABKIT_PRECISION", "fp16")
+    with pytest.raises(LabkitError, match="LABKIT_PRECISION=fp16: set it to bf16 or fp32"):
+        models.pick_precision()
+
+
+def test_a_product_that_was_interrupted_does_not_decide_the_precision(monkeypatch):
+    took = {torch.float32: 0.003, torch.bfloat16: 0.001}
+    calls = []
+
+    def seconds(tokens, weight):
+        calls.append(tokens.dtype)
+        return took[tokens.dtype] + (0.5 if len(calls) % 7 else 0.0)  # mostly interrupted
+
+    monkeypatch.setattr(models.machine, "_product_seconds", seconds)
+    assert models.machine.bf16_speedup() == pytest.approx(3.0)
+
+
 @pytest.mark.skipif(not paths.base_model_dir().is_dir(), reason="the bundled model is not made yet")
 def test_the_bundled_model_computes_attention_plainly_on_a_cpu():
     model, _ = models.load("bundled", device="cpu")

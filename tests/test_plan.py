@@ -25,11 +25,13 @@ from labkit.memory import (
     require_fit,
 )
 from labkit.memory import levers as lever_module
+from labkit.memory import plan as plan_module
 from labkit.memory.architecture import read
 from labkit.memory.flops import step_flops
 from labkit.memory.gpus import GPUS, find, reserve_bytes
 from labkit.memory.levers import LEVERS
-from labkit.memory.plan_command import make_plan
+from labkit.memory.phases import Step
+from labkit.memory.plan import make_plan
 from labkit.memory.reference import model, models, read_json, rows
 from labkit.memory.units import parse_size, size_text
 
@@ -407,6 +409,20 @@ def test_one_row_is_one_row():
     assert "each with its own 2 rows;" in cost
 
 
+def test_shorter_rows_cost_the_tokens_that_are_cut_off():
+    knob = price(MISTRAL, "shortening rows", method="lora", seq_len=2048, batch_size=4)
+    less = round(100 * (1 - knob.time))
+    assert less > 50  # half of the tokens, and fewer pairs of them
+    said = f"costs the tokens that are cut off; a step takes about {less} % less time (model);"
+    assert said in str(knob)
+    assert knob.cost == "rows longer than 1,024 tokens are cut: the rest is not learned from"
+    ways = find_ways(MISTRAL, 12 * GIB, method="qlora", seq_len=8192, batch_size=8)
+    [pair] = [way for way in ways if "seq_len" in way.change and way.time is not None]
+    assert "costs the tokens that are cut off; a step takes about " in str(pair)
+    unknown = plan_module._costs({"seq_len": 8}, None, "unknown")
+    assert unknown == "the tokens that are cut off, and time that is not known"
+
+
 def test_traffic_has_a_size_and_no_invented_time():
     # 2 B x P of weights twice and gradients once, of which the half that is elsewhere travels.
     shards = price(MISTRAL, "sharding over devices", seq_len=512)
@@ -626,6 +642,37 @@ def test_command_says_whether_it_fits_by_its_exit_code(mistral_file, capsys):
     assert "largest batch: none, not even 1 row fits" in refused
     without = run(capsys, mistral_file, "--seq-len", "2048")
     assert "largest batch" not in without and "gradient checkpointing" not in without
+
+
+@pytest.mark.parametrize(
+    ("memory", "options"),
+    [
+        (24 * GIB, {"method": "qlora", "batch_size": 4, "seq_len": 2048}),
+        (24 * GIB, {"batch_size": 4}),
+        (None, {"target_modules": ["q_proj"], "method": "lora"}),
+    ],
+    ids=str,
+)
+def test_a_plan_asks_for_each_peak_once(monkeypatch, memory, options):
+    asked = []
+
+    class Counted(Step):
+        def __init__(self, arch, options):
+            asked.append(options)
+            super().__init__(arch, options)
+
+    monkeypatch.setattr(plan_module, "Step", Counted)
+    report = make_plan(MISTRAL, memory, None, **options)
+    assert len(asked) == len(set(asked)) > 5
+    monkeypatch.undo()
+    assert report["estimate"] == estimate(MISTRAL, **options)
+    assert report["knobs"] == knobs(MISTRAL, memory, **options)
+    assert report["gpus"] == gpus_that_fit(MISTRAL, **options)
+    if memory is not None:
+        assert report["fits"] == fits(MISTRAL, memory, **options)
+        assert report["ways"] == find_ways(MISTRAL, memory, **options)
+        assert report["largest_batch"] == largest_batch(MISTRAL, memory, **options)
+        assert report["largest_seq_len"] == largest_seq_len(MISTRAL, memory, **options)
 
 
 def test_command_says_where_it_is_tight(mistral_file, capsys):

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "labkit"
 # A part may import the parts on the lines above its own. Parts on one line are neighbours that do
 # not know each other.
 ORDER = """
-errors paths quiet
+errors paths quiet usage
 chat_templates files machine stepplan
 curves weights
 checkpoints

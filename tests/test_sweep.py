@@ -15,7 +15,8 @@ from labkit import paths
 from labkit.errors import LabkitError
 from labkit.notebooks import sweep as module
 from labkit.notebooks.normalise import dumps
-from labkit.notebooks.sweep import SweepError, main, parse_seeds, sweep
+from labkit.notebooks.sweep import SweepError, sweep
+from labkit.notebooks.sweep_command import main, parse_seeds
 
 EXPERIMENT = """
 import os
@@ -91,6 +92,17 @@ def test_results_hold_every_seed_and_the_verdicts(tmp_path, places):
     assert set(results["versions"]) >= {"python", "torch", "trl"}
     assert {"base_model_sha256", "data_sha256", "seconds"} <= results.keys()
     assert results["precision"] in ("bf16", "fp32")
+
+
+def test_every_seed_trains_in_the_precision_that_the_results_name(tmp_path, places, monkeypatch):
+    cell = (
+        "import os; from labkit import claims\nclaims.record('in', os.environ['LABKIT_PRECISION'])"
+    )
+    path = write(tmp_path / "99_demo.ipynb", cell)
+    monkeypatch.setenv("LABKIT_PRECISION", "fp32")
+    results = sweep(path, [0, 1], **places)
+    assert results["precision"] == "fp32"
+    assert results["metrics"]["in"]["values"] == ["fp32", "fp32"]
 
 
 def test_two_kernels_at_a_time_give_the_same_results_in_one_thread_each(tmp_path, places):

@@ -84,7 +84,9 @@ def _check_knobs(answer) -> Result:
     if names == {"fused AdamW", "8-bit AdamW"}:
         return correct("the peak is the optimizer step: only what lives then can lower it")
     if names & {"half the batch", "shorter rows"}:
-        return not_yet("activations are gone when this peak comes: fewer tokens change nothing")
+        return not_yet(
+            "activations are gone when this peak comes: fewer tokens change next to nothing"
+        )
     if "fused loss" in names:
         return not_yet("the logits are gone as well: they lower a phase that does not win")
     if names == {"fused AdamW"}:
@@ -205,7 +207,8 @@ QUIZZES = (
             ),
             Choice(
                 "The peak is a moment at which nothing is kept for backward.",
-                "The optimizer step, or a loss whose logits outweigh all else: another knob helps.",
+                "Such as the optimizer step: another knob helps there. At the loss what all layers "
+                "keep still lives, so there it does move the peak, as section 12 shows.",
                 right=True,
             ),
             Choice(

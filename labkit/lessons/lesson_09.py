@@ -47,14 +47,23 @@ def _check_shard(function) -> Result:
     return correct("chunks are rounded up, so the last ranks hold less, and sometimes nothing")
 
 
+_RIGHT = {  # the lines of the file that need no repair
+    "distributed_type": "FSDP",
+    "num_machines": 2,
+    "machine_rank": 0,
+    "mixed_precision": "bf16",
+    "fsdp_version": 2,
+    "fsdp_reshard_after_forward": True,
+    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+}
 _REPAIRS = {"num_processes": 16, "fsdp_transformer_layer_cls_to_wrap": "MistralDecoderLayer"}
 
 
 def _check_config(answer) -> Result:
     if not isinstance(answer, Mapping):
         return not_yet("answer with a dict: the keys to change, each with its right value")
-    untouched = sorted(set(answer) - set(_REPAIRS))
-    if untouched:
+    touched = sorted(key for key in set(answer) - set(_REPAIRS) if answer[key] != _RIGHT.get(key))
+    if touched:
         reasons = {
             "num_machines": "num_machines is right: the job has two nodes",
             "fsdp_reshard_after_forward": "fsdp_reshard_after_forward is right for a model that is "
@@ -63,8 +72,11 @@ def _check_config(answer) -> Result:
             "mixed_precision": "mixed_precision is right for these GPUs",
             "machine_rank": "machine_rank differs from node to node; 0 is right on the first",
         }
-        return not_yet(reasons.get(untouched[0], f"{untouched[0]} is no key of the file"))
-    wrong = {key: answer[key] for key in answer if answer[key] != _REPAIRS[key]}
+        right = "is right as it is" if touched[0] in _RIGHT else "is no key of the file"
+        return not_yet(reasons.get(touched[0], f"{touched[0]} {right}"))
+    wrong = {
+        key: answer[key] for key in _REPAIRS if answer.get(key, _REPAIRS[key]) != _REPAIRS[key]
+    }
     if wrong.get("num_processes") == 2:
         return not_yet("num_processes counts GPUs of all nodes, one process each, not nodes")
     if "num_processes" in wrong:
@@ -120,19 +132,19 @@ def _check_loss(function) -> Result:
         """What DDP makes of it: micro-steps added up, then the mean over devices."""
         return sum(float(of(part)) for device in losses for part in device) / len(losses)
 
-    got = step(lambda part: function(part, everywhere, 2, 2))
+    got = step(lambda part: function(part, everywhere, 2, 3))
     mistakes = {
         4.0: None,
         step(lambda part: part.mean()): "each part's own mean: a token of a short part then "
         "counts for more than one of a long part",
-        step(lambda part: part.mean() / 2): "each part's own mean: where parts differ in length, "
+        step(lambda part: part.mean() / 3): "each part's own mean: where parts differ in length, "
         "tokens no longer weigh alike, even averaged over micro-steps",
-        2.0: "either the devices are missing, over which DDP averages, or you divided by the "
-        "micro-steps, whose gradients add up by themselves",
+        2.0: "the devices are missing, over which DDP averages",
+        4 / 3: "you divided by the micro-steps, whose gradients add up by themselves",
         20.0: "a bare sum: the step would grow with the number of tokens",
-        8.0: "micro-steps add up by themselves: nothing has to be multiplied by their number",
-        1.0: "you divided by devices or micro-steps: DDP does the one already, and the other adds "
-        "up by itself",
+        12.0: "micro-steps add up by themselves: nothing has to be multiplied by their number",
+        6.0: "DDP divides by the devices, not by the micro-steps, which add up by themselves",
+        1.0: "you divided by the devices: DDP does that already, so it has to be undone",
     }
     for value, mistake in mistakes.items():
         if math.isclose(got, value, abs_tol=1e-5):
@@ -143,8 +155,10 @@ def _check_loss(function) -> Result:
 def _on_one_device(function) -> Result:
     import torch
 
-    if not math.isclose(float(function(torch.tensor([1.0, 3.0]), 2, 1, 1)), 2.0, abs_tol=1e-5):
-        return not_yet("on one device, in one step, it must be the plain mean: use what you get")
+    for accumulation in (1, 3):  # whose micro-steps add up by themselves
+        got = float(function(torch.tensor([1.0, 3.0]), 2, 1, accumulation))
+        if not math.isclose(got, 2.0, abs_tol=1e-5):
+            return not_yet("on one device it must be the plain mean: use what you get")
     return correct("averaging over devices divides by their number, so each multiplies by it")
 
 
@@ -232,6 +246,8 @@ EXERCISES = (
             " / devices",
             "lambda token_losses, n_tokens, devices, accumulation: token_losses.sum() / n_tokens"
             " * 2",
+            "lambda token_losses, n_tokens, devices, accumulation: token_losses.sum() / n_tokens"
+            " * accumulation",
         ),
     ),
 )

@@ -20,7 +20,7 @@ from torch.nn import functional
 from labkit import paths
 from labkit.errors import LabkitError
 from labkit.memory.closed_form import load_config
-from labkit.memory.options import Options, require_one_device
+from labkit.memory.options import Options, check_one_step
 from labkit.quiet import drop_peft_notice, without_progress_bars
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -69,16 +69,7 @@ def build_model(
 
 def check_trainable(options: Options, device: str) -> None:
     """Raise ValueError or LabkitError for options that no step on one device can follow."""
-    require_one_device(
-        options,
-        "a step is measured on one device: leave it out, or ask `labkit estimate`, which answers "
-        "for several",
-    )
-    if options.method == "prefix" and options.gradient_checkpointing:
-        raise ValueError(
-            "method='prefix' with gradient_checkpointing: a layer that is computed again drops the "
-            "prefix, and this training fails: give gradient_checkpointing=False"
-        )
+    check_one_step(options)
     if options.optimizer.startswith("paged") and device != "cuda":
         raise ValueError(
             f"optimizer={options.optimizer!r} on {device}: pages are managed by CUDA: use "

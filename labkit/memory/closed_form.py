@@ -19,7 +19,7 @@ from typing import Any
 from labkit import paths
 from labkit.memory import sharding
 from labkit.memory.architecture import Architecture, read
-from labkit.memory.options import DTYPES, Options, check_fit
+from labkit.memory.options import Options, check_fit
 from labkit.memory.phases import LAYER, LOSS, STEP, Moment, Step
 from labkit.memory.state import state_bytes, trained_width
 from labkit.memory.terms import Term
@@ -76,7 +76,11 @@ def estimate(config: Mapping[str, Any] | str | Path, **options: Any) -> MemoryEs
     Raises:
         ValueError: an unknown option, an impossible value, a config that cannot be read.
     """
-    step = _step(config, options)
+    return explain(build_step(config, options))
+
+
+def explain(step: Step) -> MemoryEstimate:
+    """The estimate of a step whose config and options were checked, see `build_step`."""
     arch, chosen, moments = step.arch, step.options, step.moments()
     peak = max(moments, key=lambda moment: moment.bytes)
     phases = {
@@ -108,10 +112,15 @@ def moments(config: Mapping[str, Any] | str | Path, **options: Any) -> tuple[Mom
     Raises:
         ValueError: as `estimate`.
     """
-    return tuple(_step(config, options).moments())
+    return tuple(build_step(config, options).moments())
 
 
-def _step(config: Mapping[str, Any] | str | Path, options: Mapping[str, Any]) -> Step:
+def build_step(config: Mapping[str, Any] | str | Path, options: Mapping[str, Any]) -> Step:
+    """The step that a config and options describe, without its moments, which take the time.
+
+    Raises:
+        ValueError: as `estimate`.
+    """
     arch = read(load_config(config))
     chosen = build_options(arch, options)
     check_fit(arch, chosen)
@@ -142,7 +151,9 @@ def build_options(arch: Architecture, given: Mapping[str, Any]) -> Options:
 def load_config(where: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """Read a config.json: a file, a model's folder, `bundled`, or the id of a downloaded model.
 
-    A config that is read already comes back as a copy.
+    A name in `data/memory/models.json`, which ships with the course, will do as well, so that a
+    machine without a network has more than one model to ask about. A config that is read already
+    comes back as a copy.
 
     Raises:
         ValueError: there is none, or it is no JSON object.
@@ -150,6 +161,8 @@ def load_config(where: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     if isinstance(where, Mapping):
         return dict(where)
     file = _find_config(str(where))
+    if file is None:
+        return _shipped(str(where))
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also a number of too many digits
@@ -160,18 +173,24 @@ def load_config(where: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     return values
 
 
-def _find_config(where: str) -> Path:
+def _find_config(where: str) -> Path | None:
     path = paths.base_model_dir() if where == "bundled" else Path(os.path.expanduser(where))
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
         return path
-    cached = _in_cache(where)
-    if cached:
-        return cached
-    raise ValueError(
-        f"config {where!r}: no such file, no folder with a config.json, and no model that was "
-        "downloaded: give the path of a config.json"
-    )
+    return _in_cache(where)
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    """The configuration that the course itself has of a well-known model."""
+    file = paths.root() / "data" / "memory" / "models.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if name not in known:
+        raise ValueError(
+            f"config {name!r}: no such file, no folder with a config.json, no model that was "
+            "downloaded, and no name in data/memory/models.json: give the path of a config.json"
+        )
+    return known[name]
 
 
 def _in_cache(model_id: str) -> Path | None:
@@ -223,13 +242,6 @@ def _notes(arch: Architecture, options: Options) -> tuple[str, ...]:
         notes.append("this model caps its attention scores, which sdpa cannot: eager was counted")
     if options.attention == "sdpa" and options.dtype == "fp32" and not options.autocast:
         notes.append("sdpa in fp32 is counted as a fused kernel; some GPUs fall back to eager")
-    if options.sharding == "fsdp" and options.method == "full" and options.num_devices > 1:
-        tables = arch.vocabulary * arch.hidden * (1 if arch.tied else 2)
-        left_out = tables * (2 if options.autocast else DTYPES[options.dtype])
-        notes.append(
-            f"not counted in layer backward: up to {left_out / 1e9:.2f} GB of whole gradients of "
-            "the head and the embedding, which FSDP's root unit divides when backward ends"
-        )
     if options.fused and options.optimizer != "adamw":
         notes.append(f"fused has no meaning for {options.optimizer}")
     return tuple(notes)

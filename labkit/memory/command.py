@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from labkit.memory import options as choices
-from labkit.memory.closed_form import MemoryEstimate, estimate
+from labkit.memory.closed_form import MemoryEstimate, build_step, estimate
 from labkit.memory.inference import InferenceEstimate, estimate_generation, estimate_merge
 from labkit.memory.units import size_text
+from labkit.usage import Parser
 
 MAKES = {
     "train": "one training step",
@@ -24,10 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config, task, as_json = given.pop("config"), given.pop("task"), given.pop("json")
     new_tokens, traced = given.pop("new_tokens"), given.pop("trace")
     asked = {name: value for name, value in given.items() if value is not None}
+    if new_tokens is not None:
+        if task != "generate":
+            raise ValueError(f"--new-tokens with --task {task}: only text has any: leave one out")
+        asked["new_tokens"] = new_tokens
     if traced:
         return _trace(config, task, as_json, asked)
     if task == "generate":
-        result = estimate_generation(config, new_tokens, **asked)
+        result = estimate_generation(config, **asked)
     elif task == "merge":
         result = estimate_merge(config, **asked)
     else:
@@ -43,6 +48,7 @@ def _trace(config: str, task: str, as_json: bool, asked: dict[str, Any]) -> int:
     """Run the step on fake tensors as well, and print both; this imports torch."""
     if task != "train":
         raise ValueError(f"--trace with --task {task}: a training step is traced: leave one out")
+    choices.check_traceable(build_step(config, asked).options)  # before torch, which takes seconds
     from labkit.memory import agreement
 
     found = agreement.compare(config, **asked)
@@ -56,7 +62,7 @@ def _trace(config: str, task: str, as_json: bool, asked: dict[str, Any]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of `labkit estimate`; one that is not given is left to `labkit.memory.Options`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="labkit estimate",
         description=(
             "Predict the peak memory of a training step on one device from a config.json: every "
@@ -72,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="also run the step on fake tensors, without memory, and print both; takes seconds",
     )
     parser.add_argument("--task", choices=list(MAKES), default="train", help="(train)")
-    parser.add_argument("--new-tokens", type=int, default=256, help="of --task generate (256)")
+    parser.add_argument("--new-tokens", type=int, help="of --task generate (256)")
     add_training_options(parser)
     return parser
 

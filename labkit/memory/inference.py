@@ -25,6 +25,17 @@ from labkit.memory.state import (
 )
 from labkit.memory.terms import DERIVED, MEASURED, UNVERIFIED, Term, term, total
 
+MERGING = ("method", "dtype", "device")
+GENERATING = (*MERGING, "batch_size", "seq_len", "attention")
+OF_METHOD = {
+    "lora": ("lora_rank", "target_modules"),
+    "qlora": ("lora_rank", "target_modules", "double_quant", "kbit_prepared"),
+    "prompt": ("num_virtual_tokens",),
+    "p-tuning": ("num_virtual_tokens",),
+    "prefix": ("num_virtual_tokens",),
+}
+"""Options that a job without gradients depends on, and those that are its method's own."""
+
 
 @dataclass(frozen=True)
 class InferenceEstimate:
@@ -63,16 +74,17 @@ def estimate_generation(
         config: as for `estimate`.
         new_tokens: generated after a prompt of `seq_len` tokens.
         options: those of `estimate` that matter here: method (`qlora` for 4-bit weights, with its
-            adapter), batch_size, seq_len, dtype.
+            adapter), batch_size, seq_len, dtype, attention, device, and those of the method.
 
     Raises:
-        ValueError: as `estimate`, a `new_tokens` below 0, and options of several devices.
+        ValueError: as `estimate`, a `new_tokens` below 0, and options that cannot matter here.
     """
     if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 0:
         raise ValueError(f"new_tokens={shown(new_tokens)}: give a whole number from 0")
     if new_tokens > LARGEST:
         raise ValueError(f"new_tokens={shown(new_tokens)}: give at most {LARGEST:,}")
     arch, chosen = _read(config, options)
+    _refuse_idle(options, chosen, GENERATING, "generating text")
     width, rows = DTYPES[chosen.dtype], chosen.batch_size
     length = chosen.keys + new_tokens
     if arch.positions is not None and length > arch.positions:
@@ -142,7 +154,8 @@ def estimate_merge(config: Mapping[str, Any] | str | Path, **options: Any) -> In
     A 4-bit layer is unpacked, changed and packed again, one at a time.
 
     Raises:
-        ValueError: as `estimate`, and a method that has no weights to merge.
+        ValueError: as `estimate`, a method that has no weights to merge, and options that cannot
+            matter here.
     """
     options = {"method": "lora", **options}
     arch, chosen = _read(config, options)
@@ -150,6 +163,7 @@ def estimate_merge(config: Mapping[str, Any] | str | Path, **options: Any) -> In
         raise ValueError(
             f"method={chosen.method!r} leaves nothing to merge: give method='lora' or 'qlora'"
         )
+    _refuse_idle(options, chosen, MERGING, "merging")
     largest = max(m.n_in * m.n_out for m in adapted_matrices(arch, chosen))
     width = DTYPES[chosen.dtype]
     terms = [
@@ -190,6 +204,19 @@ def _read(
     chosen = build_options(arch, {"kbit_prepared": False, **options})
     require_one_device(chosen, "generating and merging are counted on one device: leave it out")
     return arch, chosen
+
+
+def _refuse_idle(
+    given: Mapping[str, Any], chosen: Options, matters: tuple[str, ...], task: str
+) -> None:
+    """Raise ValueError for an option that was given and that no byte depends on."""
+    matters += OF_METHOD.get(chosen.method, ())
+    idle = [name for name, value in given.items() if value is not None and name not in matters]
+    if idle:
+        raise ValueError(
+            f"{idle[0]}={shown(given[idle[0]])} changes nothing in {task} with "
+            f"method={chosen.method!r}: leave it out"
+        )
 
 
 def _held(arch: Architecture, options: Options) -> list[Term]:

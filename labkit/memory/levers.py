@@ -217,7 +217,7 @@ def _lora_cost(arch: Architecture, before: Options, after: Options) -> str:
 
 
 def _shorter_cost(arch: Architecture, before: Options, after: Options) -> str:
-    return f"rows longer than {after.seq_len:,} tokens are cut or split"
+    return f"rows longer than {after.seq_len:,} tokens are cut: the rest is not learned from"
 
 
 FULL_SPEED, LORA_SPEED, QLORA_SPEED = 3062.694, 3324.155, 3595.662

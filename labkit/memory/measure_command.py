@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from labkit.memory.closed_form import build_step
 from labkit.memory.command import add_training_options
+from labkit.memory.options import check_one_step
 from labkit.memory.units import size_text
+from labkit.usage import Parser
 
 if TYPE_CHECKING:
     from labkit.memory.measurement import Measurement
@@ -30,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _suite(out, asked.get("device"), quick, as_json)
     if config is None or out or quick:
         parser.error("name a CONFIG, or --suite, which --out and --quick belong to")
+    check_one_step(build_step(config, asked).options)  # before torch, which takes seconds
     from labkit.memory.measurement import measure
 
     found = measure(config, say=_say, **asked)
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of `labkit measure`: those of `labkit estimate`, and the suite's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="labkit measure",
         description=(
             "Run one training step on this machine, on a model with random weights, and print what "

@@ -28,7 +28,13 @@ from labkit.memory.build import (
     random_batch,
     sft_loss,
 )
-from labkit.memory.closed_form import build_options, estimate, load_config
+from labkit.memory.closed_form import (
+    MemoryEstimate,
+    build_options,
+    build_step,
+    explain,
+    load_config,
+)
 from labkit.memory.options import Options
 from labkit.memory.phases import LAYER, LOSS, STEP, Step
 from labkit.memory.plan import require_fit
@@ -154,9 +160,8 @@ def measure(
         raise LabkitError("device='cuda': torch finds no CUDA device here: use device='cpu'")
     say("building the model")
     predicted = require_fit(values, free_bytes(chosen.device), **given)
-    return Run(config, arch, chosen).measurement(
-        expected_bytes(values, **given), predicted.phase, say
-    )
+    expected = expected_bytes(Step(arch, chosen), predicted)
+    return Run(config, arch, chosen).measurement(expected, predicted.phase, say)
 
 
 def free_bytes(device: str) -> int:
@@ -313,22 +318,28 @@ _BASE = (
 )  # fmt: skip
 
 
-def expected_bytes(config: Mapping[str, Any] | str | Path, **options: Any) -> dict[str, int]:
-    """The prediction, by the names that the comparison has.
+def predict(
+    config: Mapping[str, Any] | str | Path, **options: Any
+) -> tuple[MemoryEstimate, dict[str, int]]:
+    """The estimate, and the same by the names that the comparison has.
 
     Args:
         config, options: as for `estimate`.
     """
-    predicted = estimate(config, **options)
-    arch = read(load_config(config))
-    step = Step(arch, build_options(arch, options))
+    step = build_step(config, options)
+    found = explain(step)
+    return found, expected_bytes(step, found)
+
+
+def expected_bytes(step: Step, predicted: MemoryEstimate) -> dict[str, int]:
+    """The estimate of a step, by the names that the comparison has."""
     lasting = {one.name: one.bytes for one in step.lasting}
     names = ("adapters", "soft prompt", "reference weights", "optimizer states", "inputs")
     return {
         "weights": sum(lasting.get(name, 0) for name in _BASE),
         **{name: lasting.get(name, 0) for name in names},
         "paged optimizer states": predicted.paged_bytes,
-        "gradients": gradient_bytes(arch, step.options),
+        "gradients": gradient_bytes(step.arch, step.options),
         "saved activations": predicted.saved_activations_bytes,
         **{f"peak: {phase}": n_bytes for phase, n_bytes in predicted.phases.items()},
         "peak": predicted.peak_allocated_bytes,

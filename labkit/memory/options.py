@@ -234,6 +234,35 @@ def check_fit(arch: Architecture, options: Options) -> None:
         )
 
 
+def check_one_step(options: Options) -> None:
+    """Raise ValueError for options that no step on one device can follow, whichever it is."""
+    require_one_device(
+        options,
+        "a step is measured on one device: leave it out, or ask `labkit estimate`, which answers "
+        "for several",
+    )
+    if options.method == "prefix" and options.gradient_checkpointing:
+        raise ValueError(
+            "method='prefix' with gradient_checkpointing: a layer that is computed again drops the "
+            "prefix, and this training fails: give gradient_checkpointing=False"
+        )
+
+
+def check_traceable(options: Options) -> None:
+    """Raise ValueError for options that no step on fake tensors can follow."""
+    check_one_step(options)
+    if options.optimizer.endswith("8bit"):
+        raise ValueError(
+            f"optimizer={options.optimizer!r}: the kernels of bitsandbytes' optimizers read "
+            "numbers, which fake tensors have none of: ask `estimate`, or trace 'adamw'"
+        )
+    if options.attention == "flash_attention_2":
+        raise ValueError(
+            "attention='flash_attention_2': the package flash-attn needs a GPU: trace 'sdpa', "
+            "which runs the same kernel where there is no mask"
+        )
+
+
 def require_one_device(options: Options, reason: str) -> None:
     """Raise ValueError where the options are of several devices, or of a host beside one.
 

@@ -535,7 +535,12 @@ class Step:
         if self.options.method != "full":
             return 0, 0 if self.options.is_soft_prompt else 1 / self.flowing
         top = self.arch.norm_parameters + self.arch.vocabulary * self.arch.hidden
+        if sharding.root_gradients_wait(self.options):
+            top = 0
         return top / self.n_trained, self.arch.layer_parameters / self.n_trained
+
+    def _waiting_in_root(self, embedding: bool) -> list[Term]:
+        return sharding.root_gradient_terms(self.arch, self.options, embedding)
 
     def _layer_terms(self, climb: Climb) -> list[Term]:
         weights = "gradients of this layer's weights"
@@ -565,6 +570,7 @@ class Step:
             left,
             self._layer_terms(climb),
             self._gradients_so_far(self._parts[0], "of the output end so far"),
+            self._waiting_in_root(embedding=False),
             self._gathered(in_layer=True),
             self._communication,
         )
@@ -594,6 +600,7 @@ class Step:
             self._gradients_so_far(
                 top + each * (self.flowing - 1), "of all layers but the first so far"
             ),
+            self._waiting_in_root(embedding=False),
             self._gathered(in_layer=True),
             self._communication,
         )
@@ -633,11 +640,14 @@ class Step:
         )
         second = term("second gradient of the tied embedding", again, "w B x V x h", AUTOGRAD)
         both = term("second gradient and the sum", 2 * again, "2 x w B x V x h", AUTOGRAD)
+        waiting = self._waiting_in_root(embedding=True)
+        layers = self._parts[1] * arch.layers
         return [
             self._moment(
                 LAYER,
                 what,
-                self._gradients_so_far(1.0, "all"),
+                self._gradients_so_far(*((layers, "of all layers") if waiting else (1.0, "all"))),
+                waiting,
                 parts,
                 self._gathered(in_layer=False),
                 self._communication,
@@ -645,6 +655,7 @@ class Step:
             for what, parts in (
                 ("backward through the embedding", second + reaching),
                 ("the two gradients of the tied embedding are summed", both),
+                ("FSDP's root unit copies its gradients to divide them", sharding.copied(waiting)),
             )
             if parts
         ]

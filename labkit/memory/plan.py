@@ -19,7 +19,7 @@ from typing import Any
 
 from labkit.errors import LabkitError
 from labkit.memory.architecture import read
-from labkit.memory.closed_form import MemoryEstimate, build_options, estimate, load_config
+from labkit.memory.closed_form import MemoryEstimate, build_options, explain, load_config
 from labkit.memory.flops import step_flops
 from labkit.memory.gpus import GPUS, Gpu
 from labkit.memory.gpus import reserve_bytes as default_reserve
@@ -42,7 +42,7 @@ MEASURED, MODEL, UNKNOWN = "measured", "model", "unknown"
 # ---- one question, many options ----------------------------------------------------------------
 
 
-class _Planner:
+class Planner:
     """Peaks of one architecture under many options, each computed once."""
 
     def __init__(self, config: Config, given: Mapping[str, Any]) -> None:
@@ -65,6 +65,12 @@ class _Planner:
             moments = Step(self.arch, options).moments()
             self._peaks[options] = max(moments, key=lambda moment: moment.bytes)
         return self._peaks[options]
+
+    def estimate(self) -> MemoryEstimate:
+        """All of the estimate under the options that were given."""
+        found = explain(Step(self.arch, self.options))
+        self._peaks[self.options] = Moment(found.phase, found.moment, found.terms)
+        return found
 
     def settings(self, lever: Lever, options: Options) -> Iterator[Options]:
         """The options after each setting of a lever that the estimate can count, gentlest first."""
@@ -140,7 +146,7 @@ def fits(
     Raises:
         ValueError: as `estimate`, and a memory or reserve below 0.
     """
-    planner = _Planner(config, options)
+    planner = Planner(config, options)
     return planner.peak(planner.options).bytes <= _room(
         memory_bytes, reserve_bytes, planner.options
     )
@@ -156,8 +162,11 @@ def largest_batch(
     Raises:
         ValueError: as `fits`.
     """
-    planner = _Planner(config, {**options, "batch_size": 1})
-    room = _room(memory_bytes, reserve_bytes, planner.options)
+    planner = Planner(config, {**options, "batch_size": 1})
+    return _most_rows(planner, _room(memory_bytes, reserve_bytes, planner.options))
+
+
+def _most_rows(planner: Planner, room: float) -> int | None:
     return _largest(
         lambda rows: planner.peak(replace(planner.options, batch_size=rows)).bytes <= room,
         MOST_ROWS,
@@ -175,17 +184,21 @@ def largest_seq_len(
     Raises:
         ValueError: as `fits`.
     """
-    planner = _Planner(config, {**options, "seq_len": 1})
-    room = _room(memory_bytes, reserve_bytes, planner.options)
+    planner = Planner(config, {**options, "seq_len": 1})
+    return _most_tokens(planner, _room(memory_bytes, reserve_bytes, planner.options))
+
+
+def _most_tokens(planner: Planner, room: float) -> int | None:
     return _largest(
         lambda tokens: planner.peak(replace(planner.options, seq_len=tokens)).bytes <= room,
         _longest_row(planner),
     )
 
 
-def _longest_row(planner: _Planner) -> int:
+def _longest_row(planner: Planner) -> int:
     if planner.arch.positions is not None:
-        return max(1, planner.arch.positions - (planner.options.keys - 1))
+        virtual = planner.options.keys - planner.options.seq_len
+        return max(1, planner.arch.positions - virtual)
     made_for = planner.values.get("max_position_embeddings")
     return made_for if isinstance(made_for, int) and made_for > 0 else MOST_TOKENS
 
@@ -237,12 +250,23 @@ class Knob:
             saved = "saves nothing at this peak"
         else:
             saved = f"needs {size_text(-self.saved_bytes)} more"
-        return f"{self.name} {saved} and costs {_time(self.time, self.time_status)}; then " + (
-            f"{self.phase} wins"
-        )
+        costs = _costs(self.change, self.time, self.time_status)
+        return f"{self.name} {saved} and costs {costs}; then {self.phase} wins"
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "change": dict(self.change)}
+
+
+def _costs(change: Mapping[str, Any], time: float | None, status: str) -> str:
+    """What a change takes: time, and where rows get shorter the tokens that are cut off."""
+    if "seq_len" not in change:
+        return _time(time, status)
+    if time is not None and round(100 * (1 - time)) > 0:
+        return (
+            f"the tokens that are cut off; a step takes about {round(100 * (1 - time))} % less "
+            f"time ({status})"
+        )
+    return f"the tokens that are cut off, and {_time(time, status)}"
 
 
 def _time(time: float | None, status: str) -> str:
@@ -274,10 +298,14 @@ def knobs(
     Raises:
         ValueError: as `fits`.
     """
-    planner = _Planner(config, options)
+    planner = Planner(config, options)
     room = None
     if memory_bytes is not None:
         room = _room(memory_bytes, reserve_bytes, planner.options)
+    return _knobs(planner, room)
+
+
+def _knobs(planner: Planner, room: float | None) -> list[Knob]:
     found = []
     for lever in LEVERS:
         after = planner.pull(lever, planner.options, room)
@@ -286,7 +314,7 @@ def knobs(
     return sorted(found, key=lambda knob: -knob.saved_bytes)
 
 
-def _knob(planner: _Planner, lever: Lever, after: Options, room: float | None) -> Knob:
+def _knob(planner: Planner, lever: Lever, after: Options, room: float | None) -> Knob:
     before, peak = planner.options, planner.peak(after)
     time, status, cost = _price(planner, lever, before, after)
     return Knob(
@@ -304,7 +332,7 @@ def _knob(planner: _Planner, lever: Lever, after: Options, room: float | None) -
 
 
 def _price(
-    planner: _Planner, lever: Lever, before: Options, after: Options
+    planner: Planner, lever: Lever, before: Options, after: Options
 ) -> tuple[float | None, str, str]:
     """(time, its status, cost in words)."""
     cost = lever.cost(planner.arch, before, after)
@@ -352,12 +380,16 @@ def gpus_that_fit(config: Config, reserve_bytes: int | None = None, **options: A
     Raises:
         ValueError: as `fits`.
     """
-    planner = _Planner(config, {**options, "device": "cuda"})
-    peak = planner.peak(planner.options).bytes
-    needs_bf16 = planner.options.dtype == "bf16"
+    return _gpu_fits(Planner(config, {**options, "device": "cuda"}), reserve_bytes)
+
+
+def _gpu_fits(planner: Planner, reserve_bytes: int | None) -> list[GpuFit]:
+    on_gpu = replace(planner.options, device="cuda")
+    peak = planner.peak(on_gpu).bytes
+    needs_bf16 = on_gpu.dtype == "bf16"
     found = []
     for gpu in sorted(GPUS.values(), key=lambda one: one.memory_bytes):
-        free = _room(gpu.memory_bytes, reserve_bytes, planner.options) - peak
+        free = _room(gpu.memory_bytes, reserve_bytes, on_gpu) - peak
         note = "it does not compute in bf16: train in fp16" if needs_bf16 and not gpu.bf16 else ""
         found.append(GpuFit(gpu, free >= 0, round(free), note))
     return found
@@ -382,10 +414,10 @@ class Way:
 
     def __str__(self) -> str:
         sets = ", ".join(f"{name}={value!r}" for name, value in self.change.items())
-        time = _time(self.time, self.time_status)
         return (
             f"{' and '.join(self.names)} ({sets}): peaks at "
-            f"{size_text(self.peak_allocated_bytes)}, costs {time}"
+            f"{size_text(self.peak_allocated_bytes)}, costs "
+            f"{_costs(self.change, self.time, self.time_status)}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -413,10 +445,10 @@ def require_fit(
             each checked by the estimate: single changes first, then pairs.
         ValueError: as `fits`.
     """
-    planner = _Planner(config, options)
+    planner = Planner(config, options)
     room = _room(memory_bytes, reserve_bytes, planner.options)
+    found = planner.estimate()
     peak = planner.peak(planner.options)
-    found = estimate(planner.values, **options)
     if peak.bytes <= room:
         return found
     ways = _ways(planner, room)
@@ -445,13 +477,17 @@ def find_ways(
     Raises:
         ValueError: as `fits`.
     """
-    planner = _Planner(config, options)
-    room = _room(memory_bytes, reserve_bytes, planner.options)
-    return () if planner.peak(planner.options).bytes <= room else _ways(planner, room)
+    planner = Planner(config, options)
+    return _ways(planner, _room(memory_bytes, reserve_bytes, planner.options))
 
 
-def _ways(planner: _Planner, room: float) -> tuple[Way, ...]:
-    """Single changes that fit, cheapest first; then pairs of those that do not fit alone."""
+def _ways(planner: Planner, room: float) -> tuple[Way, ...]:
+    """Single changes that fit, cheapest first; then pairs of those that do not fit alone.
+
+    None where nothing needs to change.
+    """
+    if planner.peak(planner.options).bytes <= room:
+        return ()
     singles = sorted(_that_fit(planner, [(lever,) for lever in LEVERS], room), key=_expense)
     ways = _one_of_each_idea(singles)[:WAYS]
     if len(ways) < WAYS:
@@ -462,7 +498,7 @@ def _ways(planner: _Planner, room: float) -> tuple[Way, ...]:
     return tuple(ways)
 
 
-def _that_fit(planner: _Planner, sets: Iterable[tuple[Lever, ...]], room: float) -> Iterator[Way]:
+def _that_fit(planner: Planner, sets: Iterable[tuple[Lever, ...]], room: float) -> Iterator[Way]:
     """The sets of levers that fit when pulled together, each at its mildest settings that do."""
     for levers in sets:
         strongest = planner.strongest(levers)
@@ -478,7 +514,7 @@ def _that_fit(planner: _Planner, sets: Iterable[tuple[Lever, ...]], room: float)
 
 
 def _settings(
-    planner: _Planner, before: Options, levers: tuple[Lever, ...]
+    planner: Planner, before: Options, levers: tuple[Lever, ...]
 ) -> Iterator[tuple[tuple[int, int], tuple[Options, ...]]]:
     """Every setting of the levers, one after the other: (how strong, options after each).
 
@@ -496,7 +532,7 @@ def _settings(
             yield weight, (after, *steps)
 
 
-def _way(planner: _Planner, levers: tuple[Lever, ...], steps: tuple[Options, ...]) -> Way:
+def _way(planner: Planner, levers: tuple[Lever, ...], steps: tuple[Options, ...]) -> Way:
     befores = (planner.options, *steps)
     prices = [_price(planner, *of) for of in zip(levers, befores, steps, strict=False)]
     peak = planner.peak(steps[-1])
@@ -538,3 +574,45 @@ def _one_of_each_idea(ways: list[Way]) -> list[Way]:
             seen.add(ideas)
             kept.append(way)
     return kept
+
+
+# ---- all of it ----------------------------------------------------------------------------------
+
+
+def make_plan(
+    config: Config, memory_bytes: int | None, reserve_bytes: int | None, **options: Any
+) -> dict[str, Any]:
+    """Everything that `labkit plan` says, as a dict of results; each peak is computed once.
+
+    Raises:
+        ValueError: as `fits`.
+    """
+    planner = Planner(config, options)
+    device, room = planner.options.device, None
+    found = planner.estimate()
+    if memory_bytes is not None:
+        room = _room(memory_bytes, reserve_bytes, planner.options)
+    report: dict[str, Any] = {
+        "estimate": found,
+        "memory_bytes": memory_bytes,
+        "reserve_bytes": None,
+        "default_reserve": reserve_bytes is None,
+        "device": device,
+        "fits": None,
+        "largest_batch": None,
+        "largest_seq_len": None,
+        "knobs": _knobs(planner, room),
+        "ways": (),
+        "gpus": _gpu_fits(planner, reserve_bytes),
+    }
+    if memory_bytes is not None and room is not None:
+        if reserve_bytes is None:
+            reserve_bytes = default_reserve(memory_bytes, device)
+        report |= {
+            "reserve_bytes": reserve_bytes,
+            "fits": found.peak_allocated_bytes <= room,
+            "largest_batch": _most_rows(planner, room),
+            "largest_seq_len": _most_tokens(planner, room),
+            "ways": _ways(planner, room),
+        }
+    return report

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from labkit.memory import gpus, plan
-from labkit.memory.closed_form import estimate
 from labkit.memory.command import add_config, add_training_options
 from labkit.memory.units import parse_size, size_text
+from labkit.usage import Parser, as_argument
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "out, or give --memory"
             )
         memory = gpus.find(gpu).memory_bytes
-    report = make_plan(config, memory, reserve, **asked)
+    report = plan.make_plan(config, memory, reserve, **asked)
     if as_json:
         print(json.dumps(_to_json(report), indent=2))
     else:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of `labkit plan`: those of `labkit estimate`, and the memory to fit into."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="labkit plan",
         description=(
             "Say whether a training step fits, the largest batch and the longest rows that would, "
@@ -48,12 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     room = parser.add_mutually_exclusive_group()
     room.add_argument(
-        "--memory", type=_memory, metavar="SIZE", help="of the device, such as 24GiB or 80GB"
+        "--memory",
+        type=as_argument(_memory),
+        metavar="SIZE",
+        help="of the device, such as 24GiB or 80GB",
     )
     room.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(gpus.GPUS)}")
     parser.add_argument(
         "--reserve",
-        type=_size,
+        type=as_argument(parse_size),
         metavar="SIZE",
         help="kept free for the CUDA context and the allocator (2.25 GiB and 2.5 %% of the memory)",
     )
@@ -61,53 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def _memory(text: str) -> int:
-    size = _size(text)
+    size = parse_size(text)
     if size == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no memory: give one above 0, such as 24GiB")
+        raise ValueError(f"{text!r} is no memory: give one above 0, such as 24GiB")
     return size
-
-
-def make_plan(
-    config: plan.Config, memory: int | None, reserve: int | None, **options: Any
-) -> dict[str, Any]:
-    """Everything that the command says, as a dict of results.
-
-    Raises:
-        ValueError: as `labkit.memory.estimate`.
-    """
-    found = estimate(config, **options)
-    report: dict[str, Any] = {
-        "estimate": found,
-        "memory_bytes": memory,
-        "reserve_bytes": None,
-        "default_reserve": reserve is None,
-        "device": options.get("device", "cuda"),
-        "fits": None,
-        "largest_batch": None,
-        "largest_seq_len": None,
-        "knobs": plan.knobs(config, memory, reserve, **options),
-        "ways": (),
-        "gpus": plan.gpus_that_fit(config, reserve, **options),
-    }
-    if memory is not None:
-        if reserve is None:
-            reserve = gpus.reserve_bytes(memory, options.get("device", "cuda"))
-        report |= {
-            "reserve_bytes": reserve,
-            "fits": plan.fits(config, memory, reserve, **options),
-            "largest_batch": plan.largest_batch(config, memory, reserve, **options),
-            "largest_seq_len": plan.largest_seq_len(config, memory, reserve, **options),
-            "ways": plan.find_ways(config, memory, reserve, **options),
-        }
-    return report
 
 
 def _to_json(report: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from labkit.memory.architecture import read
 from labkit.memory.rivals import ACCELERATE_ADAM, ACCELERATE_LOADED, ACCELERATE_MIXED, ZERO2, ZERO3
 from labkit.memory.sharding import deepspeed_zero3, zero_states
 from labkit.memory.units import GIB, MIB
+from labkit.usage import Parser
 
 OURS = "labkit estimate"
 PEAK, STATES, LOADED, COUNT = "whole peak", "model states", "loaded model", "trained numbers"
@@ -285,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of `labkit scoreboard`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="labkit scoreboard",
         description=(
             "Hold estimators of training memory to the same published runs: accelerate's and "

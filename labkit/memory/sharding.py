@@ -20,6 +20,7 @@ from labkit.memory.terms import (
     UNVERIFIED,
     Term,
     term,
+    total,
 )
 
 BUCKET, PREFETCH = 500_000_000, 50_000_000
@@ -157,6 +158,45 @@ def gathered_terms(arch: Architecture, options: Options, in_layer: bool) -> list
             UNVERIFIED,
         )
     return []
+
+
+def root_gradients_wait(options: Options) -> bool:
+    """Whether gradients of head and embedding stay whole until backward ends, as under FSDP."""
+    sharded = options.num_devices > 1 or options.offload != "none"
+    return options.sharding == "fsdp" and options.method == "full" and sharded
+
+
+def root_gradient_terms(arch: Architecture, options: Options, embedding: bool) -> list[Term]:
+    """Whole gradients that FSDP's root unit holds: it divides them when backward is through.
+
+    Args:
+        embedding: with the embedding's gradient, which comes last; else the output end's alone.
+    """
+    if not root_gradients_wait(options):
+        return []
+    numbers = arch.norm_parameters + arch.vocabulary * arch.hidden
+    if embedding:
+        numbers = arch.embedding_parameters + arch.head_parameters + arch.norm_parameters
+    width = 2 if options.autocast else DTYPES[options.dtype]
+    return term(
+        "whole gradients of FSDP's root unit",
+        numbers * width,
+        f"{width} B x {numbers:,} numbers of {'embedding, head' if embedding else 'the head'} and "
+        "last norm, divided when backward is through",
+        "torch.distributed.fsdp: a unit's gradients are reduced together",
+        DERIVED,
+    )
+
+
+def copied(gradients: list[Term]) -> list[Term]:
+    """A unit's gradients once more, side by side, as they are sent."""
+    return term(
+        "gradients copied to be sent",
+        total(gradients),
+        "a second copy of the whole gradients",
+        "torch.distributed.fsdp: input of the reduce-scatter",
+        DERIVED,
+    )
 
 
 def communication_terms(arch: Architecture, options: Options, trained: int) -> list[Term]:

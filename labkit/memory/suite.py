@@ -27,9 +27,9 @@ from labkit import machine, paths
 from labkit.errors import LabkitError
 from labkit.files import write_atomic
 from labkit.memory.cases import Case, cases, config
-from labkit.memory.closed_form import estimate
-from labkit.memory.measurement import Compared, expected_bytes, measure
-from labkit.memory.plan import fits
+from labkit.memory.gpus import reserve_bytes
+from labkit.memory.measurement import Compared, measure
+from labkit.memory.measurement import predict as predict_step
 from labkit.memory.reference import memory_dir
 
 Say = Callable[[str], None]
@@ -115,7 +115,7 @@ def default_file(device: str, quick: bool) -> Path:
 
 def predict(case: Case, device: str) -> dict[str, int]:
     """What the estimate says of a case, by the names of the comparison."""
-    return expected_bytes(config(case.model), **case.options, device=device)
+    return predict_step(config(case.model), **case.options, device=device)[1]
 
 
 def measure_case(case: Case, device: str) -> dict[str, Any]:
@@ -155,14 +155,14 @@ def with_prediction(row: dict[str, Any]) -> dict[str, Any]:
     """A row with today's prediction and its errors beside what was measured."""
     if "measured" not in row:
         return row
-    expected = expected_bytes(row["config"], **row["options"])
+    found, expected = predict_step(row["config"], **row["options"])
     compared = [
         Compared(name, expected.get(name, 0), n_bytes) for name, n_bytes in row["measured"].items()
     ]
     return row | {
         "predicted": {one.name: one.predicted_bytes for one in compared},
         "errors": {one.name: round(one.error, 6) for one in compared if one.error is not None},
-        "predicted_phase": estimate(row["config"], **row["options"]).phase,
+        "predicted_phase": found.phase,
     }
 
 
@@ -228,7 +228,8 @@ def run_suite(
     results = Results(name, about, versions())
     wanted = [case for case in cases(device) if case.quick or not quick]
     if file.exists():
-        results.rows = _kept(read_results(file), results, device)
+        kept = _kept(read_results(file), results, device)
+        results.rows = {name: with_prediction(row) for name, row in kept.items()}
     worker = Worker() if measure_one is None and device == "cuda" else None
     start = time.monotonic()
     try:
@@ -243,7 +244,6 @@ def run_suite(
     finally:
         if worker is not None:
             worker.close()
-    results.rows = {name: with_prediction(row) for name, row in results.rows.items()}
     _write(file, results, device)
     return results
 
@@ -277,9 +277,10 @@ def _same(row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def _row(case: Case, device: str, memory_bytes: int, measure_one: Measure) -> dict[str, Any]:
-    if device == "cuda" and not fits(config(case.model), memory_bytes, **case.options):
-        need = estimate(config(case.model), **case.options).peak_allocated_bytes
-        return head(case, device) | {"error": f"not tried: {need:,} bytes were predicted"}
+    if device == "cuda":
+        need = predict(case, device)["peak"]
+        if need > memory_bytes - reserve_bytes(memory_bytes):
+            return head(case, device) | {"error": f"not tried: {need:,} bytes were predicted"}
     return measure_one(case, device)
 
 

@@ -51,7 +51,7 @@ _KINDS = {
     STATES: ("optimizer states", "fp32 copies of trained weights"),
     GRADIENTS: (
         "gradients of this layer's weights", "second gradient", "gradient of the output head",
-        "DDP buckets", "DeepSpeed buckets",
+        "DDP buckets", "DeepSpeed buckets", "whole gradients of FSDP", "gradients copied",
     ),
     KEPT: (
         "checkpoints", "kept for backward", "cosines and sines", "attention mask", "dropout mask",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from labkit.memory import fake
-from labkit.memory.architecture import Architecture, read
+from labkit.memory.architecture import Architecture
 from labkit.memory.build import (
     TORCH_DTYPES,
     Batch,
@@ -33,8 +33,8 @@ from labkit.memory.build import (
     dpo_loss,
     sft_loss,
 )
-from labkit.memory.closed_form import build_options, load_config
-from labkit.memory.options import Options, adapted_matrices, check_fit
+from labkit.memory.closed_form import build_step, load_config
+from labkit.memory.options import Options, check_traceable
 from labkit.memory.phases import LAYER, LOSS, STEP, WORKSPACE
 from labkit.memory.watch import FORWARD, KEPT, WEIGHTS, TensorWatch, storage_bytes
 from labkit.weights import model_tensors
@@ -128,11 +128,9 @@ def trace(config: Mapping[str, Any] | str | Path, **options: Any) -> TraceEstima
     """
     start = time.perf_counter()
     values = load_config(config)
-    arch = read(values)
-    chosen = build_options(arch, options)
-    check_fit(arch, chosen)
-    adapted_matrices(arch, chosen)  # raises where there is no such matrix, or the rank is too high
-    _check_traceable(chosen)
+    step = build_step(values, options)
+    arch, chosen = step.arch, step.options
+    check_traceable(chosen)
     model = build_model(values, chosen, "meta")
     reference = build_reference(model, chosen)
     parameters, trainable = _count(model, chosen)
@@ -163,19 +161,6 @@ def trace(config: Mapping[str, Any] | str | Path, **options: Any) -> TraceEstima
         seconds=time.perf_counter() - start,
         notes=_notes(arch, chosen),
     )
-
-
-def _check_traceable(options: Options) -> None:
-    if options.optimizer.endswith("8bit"):
-        raise ValueError(
-            f"optimizer={options.optimizer!r}: the kernels of bitsandbytes' optimizers read "
-            "numbers, which fake tensors have none of: ask `estimate`, or trace 'adamw'"
-        )
-    if options.attention == "flash_attention_2":
-        raise ValueError(
-            "attention='flash_attention_2': the package flash-attn needs a GPU: trace 'sdpa', "
-            "which runs the same kernel where there is no mask"
-        )
 
 
 def _count(model: nn.Module, options: Options) -> tuple[int, int]:

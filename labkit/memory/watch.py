@@ -5,8 +5,10 @@ tensor as it is made and as it goes, operation by operation. What a compiled ker
 back inside itself is seen by the first and not by the second.
 
 >>> layer = nn.Linear(3, 5, bias=False)
->>> with TensorWatch(layer) as live:
+>>> optimizer = torch.optim.SGD(layer.parameters())
+>>> with TensorWatch(layer, optimizer) as live:
 ...     layer(torch.ones(2, 3)).sum().backward()
+...     optimizer.step()
 >>> live.samples[0].kinds["weights"], live.samples[-1].kinds["gradients"]
 (60, 60)
 """
@@ -94,7 +96,8 @@ class TensorWatch(TorchDispatchMode):
     Args:
         model: its weights are there from the start.
         optimizer: its states are told apart, and its step is a phase of its own.
-        sampling: keep a `Sample` for each change.
+        sampling: keep a `Sample` for each tensor that is made and each phase that begins. A tensor
+            is working memory until it turns out to be a gradient, a state or kept for backward.
 
     Raises:
         RuntimeError: it is started a second time.

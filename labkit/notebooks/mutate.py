@@ -8,7 +8,6 @@ Each mutation is applied to a scratch copy of the repository and the tests that 
 run there. A mutation that survives is a hole in the tests.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from labkit import paths
 from labkit.errors import LabkitError
-from labkit.notebooks.normalise import dumps, read
+from labkit.usage import Parser
 
 TIMEOUT_SECONDS = 900
 NOT_COPIED = {".git", ".venv", ".labkit", "workbook", "__pycache__", ".pytest_cache", ".ruff_cache"}
@@ -96,6 +95,8 @@ def replace_once(path: Path, old: str, new: str) -> None:
     Raises:
         LabkitError: it occurs never or more than once: the mutation no longer fits the code.
     """
+    from labkit.notebooks.normalise import dumps, read  # nbformat takes seconds to import
+
     notebook = read(path) if path.suffix == ".ipynb" else None
     sources = [cell.source for cell in notebook.cells] if notebook else [path.read_text("utf-8")]
     count = sum(source.count(old) for source in sources)
@@ -783,7 +784,7 @@ replacing(
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: 0 when every mutation was caught."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="labkit mutate",
         description="Break a copy of the course on purpose and see whether the tests notice.",
         epilog="example: labkit mutate --quick",

@@ -37,14 +37,18 @@ def run_seed(path: Path, seed: int, *, one_thread: bool) -> dict[str, Any]:
         RunError: a cell failed.
         LabkitError: the notebook is missing or damaged.
     """
+    from labkit.models import pick_precision  # loads torch, which takes a second
+
     # A folder of its own: a kernel that outlives a killed sweep cannot write into a later one.
     with tempfile.TemporaryDirectory(prefix="labkit-sweep-") as folder:
         file = Path(folder) / "record.jsonl"
         file.touch()
-        env = {"LABKIT_RECORD": str(file), "LABKIT_SWEEP": "1"}
+        precision = pick_precision()  # now, so that what is recorded is what the kernel takes
+        env = {"LABKIT_RECORD": str(file), "LABKIT_SWEEP": "1", "LABKIT_PRECISION": precision}
         env |= {"OMP_NUM_THREADS": "1"} if one_thread else {}
         done = execute(path, env, seed, CELL_TIMEOUT_SECONDS, write=False)
         cost = {"seed": seed, "seconds": round(done.seconds, 1), "peak_bytes": done.peak_bytes}
+        cost |= {"precision": precision}
         return cost | asdict(read_record(file))
 
 
@@ -88,12 +92,15 @@ class Parcel:
     needs: dict[str, str | None]
     """What `surroundings` must say on the worker."""
     settings: dict[str, str]
-    """Values of `SETTINGS` that are set where the sweep was started."""
+    """Values of `SETTINGS` that are set where the sweep was started, and its precision."""
 
 
 def pack(path: Path, seed: int) -> Parcel:
     """A seed made ready to travel."""
+    from labkit.models import pick_precision  # loads torch, which takes a second
+
     settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
+    settings["LABKIT_PRECISION"] = pick_precision()  # of all workers, whatever each would pick
     return Parcel(path.name, path.read_bytes(), seed, surroundings(), settings)
 
 

@@ -7,12 +7,10 @@ Every finished seed is kept in `.labkit/sweeps/NAME/`, so a sweep that was kille
 stopped. A kept seed counts only for the same code cells (exercises apart), base model and data.
 """
 
-import argparse
 import contextlib
 import json
 import platform
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,12 +24,10 @@ from labkit.claims import judge_seeds
 from labkit.errors import LabkitError
 from labkit.files import write_atomic
 from labkit.notebooks.engines import (
-    ENGINES,
     Engine,
     EngineError,
     LocalEngine,
     Outcome,
-    open_engine,
 )
 from labkit.notebooks.run import RunError
 from labkit.notebooks.seeds import WorkerRefused, input_hashes, pack, run_parcel
@@ -205,22 +201,6 @@ def _work(
     return run_here, list(missing)
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Seeds from "0-4", "0,2,5" or a mix.
-
-    Raises:
-        ValueError: the text is neither.
-    """
-    seeds: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match:
-            raise ValueError(f"seeds={text!r}: want numbers and ranges, such as 0-4 or 0,2,5")
-        first, last = int(match[1]), int(match[2] or match[1])
-        seeds.extend(range(first, last + 1))
-    return seeds
-
-
 def _read_kept(file: Path, inputs: dict[str, str | None]) -> dict[str, Any] | None:
     """A finished seed, unless it is missing, damaged, or came from other inputs."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -253,8 +233,6 @@ def _stop_on_failures(path: Path, runs: list[dict[str, Any]]) -> None:
 
 def _combine(name: str, runs: list[dict[str, Any]], inputs: dict[str, str | None]) -> dict:
     """The results file of all seeds."""
-    from labkit.models import pick_precision  # loads torch, which takes a second
-
     first = runs[0]
     versions = {library: metadata.version(library) for library in LIBRARIES}
     return {
@@ -275,11 +253,16 @@ def _combine(name: str, runs: list[dict[str, Any]], inputs: dict[str, str | None
         "misses": [{"seed": run["seed"], **miss} for run in runs for miss in run["misses"]],
         **inputs,
         "versions": {"python": platform.python_version(), **versions},
-        "precision": pick_precision(),
+        "precision": _precision(runs),
         "seconds": round(sum(run["seconds"] for run in runs), 1),
         "seconds_per_seed": [run["seconds"] for run in runs],
         "peak_bytes": max(run["peak_bytes"] for run in runs),
     }
+
+
+def _precision(runs: list[dict[str, Any]]) -> str | None:
+    """What all seeds trained in; both names where they differ, None for seeds of older sweeps."""
+    return " and ".join(sorted({run["precision"] for run in runs if "precision" in run})) or None
 
 
 def _summary(values: list[Any]) -> dict[str, Any]:
@@ -310,61 +293,3 @@ def _last_lines(error: Exception) -> str:
 
 def _to_json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line: sweep notebooks over seeds."""
-    parser = argparse.ArgumentParser(
-        prog="labkit sweep",
-        description="Run notebooks once per seed and write data/results/NAME.json. Safe to stop "
-        "and to start again.",
-        epilog="example: labkit sweep notebooks/02_full_fine_tuning.ipynb --seeds 0-4",
-    )
-    parser.add_argument("notebook", nargs="+", type=Path)
-    parser.add_argument("--seeds", type=parse_seeds, default="0-4", help="such as 0-4 or 0,2,5")
-    parser.add_argument(
-        "--jobs", type=int, help="seeds at a time (1; with --engine ray, one for each core)"
-    )
-    parser.add_argument("--fresh", action="store_true", help="run finished seeds again, too")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    parser.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default="local",
-        help="ray spreads all seeds of all notebooks over the machines of a Ray cluster (local)",
-    )
-    parser.add_argument(
-        "--address", help="of a running Ray cluster, such as auto (RAY_ADDRESS, or this machine)"
-    )
-    parser.add_argument(
-        "--gpus", type=float, default=0, metavar="N", help="GPUs that Ray sets aside per seed (0)"
-    )
-    options = parser.parse_args(arguments)
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
-
-    everything: list[dict[str, Any]] = []
-    try:
-        with open_engine(options.engine, options.jobs, options.address, options.gpus) as engine:
-            # On this machine one notebook after the other, so that each has its results early.
-            together = [options.notebook] if engine.travels else [[p] for p in options.notebook]
-            for notebooks in together:
-                seeds = ", ".join(map(str, options.seeds))
-                say(f"{', '.join(path.name for path in notebooks)}: seeds {seeds}")
-                results = sweep_together(
-                    notebooks, options.seeds, engine=engine, fresh=options.fresh, progress=say
-                )
-                everything += results
-                for claim in [claim for one in results for claim in one["claims"]]:
-                    say(f"{claim['verdict']:<15} {claim['id']}: {claim['value']:.3g}")
-    except (LabkitError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    if options.json:
-        print(json.dumps(everything))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

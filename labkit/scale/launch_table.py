@@ -9,7 +9,6 @@ with what `labkit.memory.plan` keeps free; how fast it is, is the throughput mod
 ('8 GPUs, FSDP2', '8_gpus_fsdp2')
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from labkit.memory.gpus import Gpu
 from labkit.memory.plan import fits, largest_batch
 from labkit.memory.units import size_text
 from labkit.scale.throughput import Cluster, step_time, with_range
+from labkit.usage import Parser
 
 HOST_BYTES = 2**40
 """Memory of one machine that offloading may fill: about what cloud machines with eight A100 have.
@@ -272,7 +272,7 @@ def _row(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; exits with 0."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="labkit launch-table",
         description="For each model, method and card, the simplest configuration that fits, the "
         "largest batch, the peak by the estimate, and tokens per second by a model that is one.",
