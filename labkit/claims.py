@@ -275,14 +275,15 @@ def ledger_page(entries: Sequence[dict]) -> str:
             "",
             f"## {notebook}",
             "",
-            "| statement | verdict | mean | interval | bar | who says so |",
+            "| statement | verdict | mean | interval | bar | what was measured | who says so |",
         ]
-        lines += ["|---|---|---|---|---|---|"]
+        lines += ["|---|---|---|---|---|---|---|"]
         for entry in entries:
             if entry["notebook"] == notebook:
                 interval = " to ".join(f"{end:.3g}" for end in entry["interval"] or [])
                 cells = [entry["statement"], entry["verdict"], f"{entry['value']:.3g}", interval]
-                cells += [entry["rule"], _claim(entry["id"]).source]
+                claim = _claim(entry["id"])
+                cells += [entry["rule"], claim.quantity, claim.source]
                 lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
