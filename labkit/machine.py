@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -62,8 +63,9 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+@cache
 def bf16_speedup() -> float:
-    """How many times faster this CPU multiplies in bfloat16 than in float32, measured in 0.1 s.
+    """How many times faster this CPU multiplies in bfloat16 than in float32, measured once.
 
     Below 1 on a CPU without bf16 instructions, which converts every number there and back. The
     products are those of one feed-forward layer, 512 tokens by 256, and the types take turns: on a

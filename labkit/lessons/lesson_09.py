@@ -74,9 +74,7 @@ def _check_config(answer) -> Result:
         }
         right = "is right as it is" if touched[0] in _RIGHT else "is no key of the file"
         return not_yet(reasons.get(touched[0], f"{touched[0]} {right}"))
-    wrong = {
-        key: answer[key] for key in _REPAIRS if answer.get(key, _REPAIRS[key]) != _REPAIRS[key]
-    }
+    wrong = {key: answer[key] for key in answer if answer[key] != (_RIGHT | _REPAIRS)[key]}
     if wrong.get("num_processes") == 2:
         return not_yet("num_processes counts GPUs of all nodes, one process each, not nodes")
     if "num_processes" in wrong:

@@ -113,6 +113,11 @@ def host_bytes(arch: Architecture, options: Options, trained: int) -> int:
     return round(states * HOST_FACTOR)
 
 
+def _is_cut(options: Options) -> bool:
+    """Whether a device holds less than all: one device without offload holds all of it."""
+    return options.num_devices > 1 or options.offload != "none"
+
+
 def gathered_terms(arch: Architecture, options: Options, in_layer: bool) -> list[Term]:
     """Weights that a device holds whole again while it computes.
 
@@ -126,7 +131,7 @@ def gathered_terms(arch: Architecture, options: Options, in_layer: bool) -> list
     if options.is_4_bit:
         layer_bytes = sum(matrix.weights for matrix in arch.matrices) / 2
     if options.sharding == "fsdp":
-        if options.num_devices == 1 and options.offload == "none":
+        if not _is_cut(options):
             return []
         found = term(
             "gathered: embedding, head and last norm",
@@ -162,8 +167,7 @@ def gathered_terms(arch: Architecture, options: Options, in_layer: bool) -> list
 
 def root_gradients_wait(options: Options) -> bool:
     """Whether gradients of head and embedding stay whole until backward ends, as under FSDP."""
-    sharded = options.num_devices > 1 or options.offload != "none"
-    return options.sharding == "fsdp" and options.method == "full" and sharded
+    return options.sharding == "fsdp" and options.method == "full" and _is_cut(options)
 
 
 def root_gradient_terms(arch: Architecture, options: Options, embedding: bool) -> list[Term]:

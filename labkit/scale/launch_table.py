@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labkit.memory import gpus, reference
+from labkit.memory import gpus
 from labkit.memory.closed_form import estimate, load_config
 from labkit.memory.gpus import Gpu
 from labkit.memory.plan import fits, largest_batch
@@ -158,7 +158,7 @@ def choose(
     """The simplest configuration of `ORDER` that trains a model on a class of card.
 
     Args:
-        model: a name of `labkit.memory.reference.models`, or what `estimate` takes.
+        model: as for `labkit.memory.estimate`.
         card: as `labkit.memory.gpus.find` takes it.
         method: as of `estimate`; `options` too. The loss is computed as TRL 1.x does, in parts.
         reserve_bytes: kept free on the card; None is the default of `labkit.memory.plan`.
@@ -168,7 +168,7 @@ def choose(
         ValueError: an unknown model, card or option.
     """
     gpu = gpus.find(card)
-    config = reference.models().get(model) or load_config(model)
+    config = load_config(model)
     given = {"loss_path": "fused", **options, "method": method, "seq_len": seq_len}
     refused: list[str] = []
     for configuration in ORDER:
