@@ -21,7 +21,7 @@ from labkit.files import sha256
 from labkit.notebooks.normalise import read
 from labkit.notebooks.run import execute
 
-CELL_TIMEOUT_SECONDS = 1800
+CELL_TIMEOUT_SECONDS = 7200  # one cell of 06 trains 48 runs, which takes above half an hour
 SETTINGS = ("LABKIT_MODEL", "LABKIT_PROFILE")
 """The user's choices; they reach a worker with the parcel, whatever the worker's own are."""
 
