@@ -21,9 +21,15 @@ def _drop(logger: str, words: str) -> None:
 
 
 def drop_peft_notice() -> None:
-    """Hide one warning of transformers to PEFT, which asks by an older name for a setting."""
+    """Hide what PEFT's own doings make it or transformers say.
+
+    transformers: PEFT asks by an older name for a setting. PEFT: the rank that it set for stacked
+    experts itself matched no module, which is true of a parameter, and the rank is used.
+    """
     message = "`is_gradient_checkpointing` is deprecated"
     warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    message = r"The following (rank|alpha)_pattern keys did not match .*gate_up_proj"
+    warnings.filterwarnings("ignore", message=message, category=RuntimeWarning)
 
 
 @contextlib.contextmanager

@@ -532,11 +532,12 @@ def heat_map(
     # From one dark to one light end, in the same order for every kind of colour vision.
     image = ax.imshow(grid, cmap="cividis", aspect="auto")
     middle = (min(df[value]) + max(df[value])) / 2
+    decimals = 2 if max(map(abs, df[value])) < 10 else 1  # four figures do not fit into a field
     for row, numbers in enumerate(grid):
         for column, number in enumerate(numbers):
             if number == number:  # NaN alone differs from itself
                 ink = "white" if number <= middle else "black"
-                ax.text(column, row, f"{number:.2f}", ha="center", va="center", color=ink)
+                ax.text(column, row, f"{number:.{decimals}f}", ha="center", va="center", color=ink)
     ax.set_xticks(range(len(across)), [_name(a) for a in across])
     ax.set_yticks(range(len(down)), [_name(b) for b in down])
     ax.grid(visible=False)

@@ -131,6 +131,92 @@ def test_trained_numbers_are_those_of_peft(family, method):
     assert estimate(config.to_dict(), method=method, **options).trainable_parameters == real
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("targets", ["all-linear", ["k_proj"]], ids=str)
+def test_trained_numbers_of_stacked_experts_are_those_of_peft(family, targets):
+    config = make_config(family)
+    adapter = LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = get_peft_model(model, adapter)
+    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    options = {"method": "lora", "lora_rank": 3, "target_modules": targets, "seq_len": 64}
+    assert estimate(config.to_dict(), **options).trainable_parameters == real
+
+
+def test_stacked_experts_by_hand():
+    mixtral = make_config("mixtral").to_dict()  # 8 experts, 128 wide, 320 inside, 3 layers
+    lora = {"method": "lora", "lora_rank": 4, "lora_dropout": 0.0, "seq_len": 64}
+    attention = 4 * (2 * (128 + 128) + 2 * (128 + 64))
+    router = 4 * (128 + 8)
+    stacked = 8 * (8 * (128 + 640) + 4 * (320 + 128))  # gate and up joined have twice the rank
+    separate = 8 * 4 * 3 * (128 + 320)
+    for experts, adapters in (("stacked", stacked), ("separate", separate)):
+        found = estimate(mixtral, **lora, experts=experts)
+        assert found.trainable_parameters == 3 * (attention + router + adapters)
+        assert found.parameters == estimate(mixtral, seq_len=64).parameters
+    # Every layer keeps a copy of its experts, and backward makes a gradient of one.
+    less, more = (
+        estimate(mixtral, **lora, experts=experts, gradient_checkpointing=False)
+        for experts in ("separate", "stacked")
+    )
+    copies = 2 * 3 * 8 * 3 * 128 * 320
+    assert more.saved_activations_bytes - less.saved_activations_bytes > 0.95 * copies
+    assert estimate(mixtral, method="lora", target_modules="w1,w3", lora_rank=4, seq_len=64)
+    with pytest.raises(ValueError, match="target_modules lacks 'w3': stacked experts have it in"):
+        estimate(mixtral, method="lora", target_modules="q_proj,w1", seq_len=64)
+
+
+def test_bitsandbytes_leaves_stacked_experts_as_they_are():
+    mixtral = reference.model("Mixtral-8x7B-Instruct-v0.1")
+    experts = 32 * (8 * 3 * 4096 * 14336 + 8 * 4096)
+
+    def weights(**options):
+        found = estimate(mixtral, method="qlora", seq_len=64, **options)
+        return found, sum(one.bytes for one in found.terms if "weights" in one.name)
+
+    prepared, most = weights()
+    plain, less = weights(kbit_prepared=False)
+    _, packed = weights(kbit_prepared=False, experts="separate")
+    assert most - less == pytest.approx(2 * experts, rel=0.001)
+    assert less - packed == pytest.approx((2 - 0.5) * experts, rel=0.001)
+    assert less > 2 * experts
+    (note,) = [note for note in prepared.notes if "bitsandbytes issue 1849" in note]
+    assert "counted in 32 bits" in note
+    (note,) = [note for note in plain.notes if "bitsandbytes issue 1849" in note]
+    assert "counted as they are" in note
+
+
+def test_experts_that_are_adapted_take_no_dropout_and_say_so():
+    mixtral = make_config("mixtral").to_dict()
+    options = {"method": "lora", "lora_rank": 4, "seq_len": 64}
+    asked, none = (estimate(mixtral, **options, lora_dropout=rate) for rate in (0.1, 0.0))
+    assert asked == none
+    assert any("without lora_dropout" in note for note in asked.notes)
+    for changed in ({"experts": "separate"}, {"target_modules": "q_proj"}):
+        asked, none = (
+            estimate(mixtral, **options, **changed, lora_dropout=rate) for rate in (0.1, 0.0)
+        )
+        assert asked.peak_allocated_bytes > none.peak_allocated_bytes
+        assert not any("lora_dropout" in note for note in asked.notes)
+
+
+PEAKS_OF_MIXTURES = [
+    36731213696, 48769456000, 57743306752, 65229647872, 21205460864, 28422317952,
+]  # fmt: skip
+"""What the closed form said of the public rows when it knew of transformers 4 only."""
+
+
+def test_public_rows_of_transformers_4_have_separate_experts():
+    mixtures = [row for row in rows() if read(row.config).experts]
+    assert len(mixtures) == 6
+    for row in mixtures:
+        assert row.versions["transformers"] == "4.48.1"
+        assert row.options["experts"] == "separate"
+    assert [row.estimate().peak_allocated_bytes for row in mixtures] == PEAKS_OF_MIXTURES
+
+
 def test_a_known_model_has_its_known_parameters():
     assert read(MISTRAL).parameters == 7_241_732_096
     assert read({"model_type": "gpt2"}).parameters == 124_439_808
@@ -333,6 +419,7 @@ def test_what_is_kept_for_backward(family, method, again):
         ("phi", {}),
         ("phi3", {}),
         ("mixtral", {}),
+        ("qwen3_moe", {}),
     ],
     ids=str,
 )
@@ -662,6 +749,7 @@ def test_jobs_without_gradients_take_the_options_that_move_a_byte_and_no_other(t
         "optimizer": "sgd", "foreach": False, "fused": True, "attention": "eager", "padding": True,
         "gradient_checkpointing": False, "reentrant": False, "loss_path": "fused",
         "double_quant": False, "kbit_prepared": True, "precompute_reference": True,
+        "experts": "separate",
         "num_devices": 1, "zero_stage": 0, "sharding": "none", "offload": "none", "device": "cpu",
     }  # fmt: skip
     fields = {field.name for field in dataclasses.fields(Options)}
@@ -674,6 +762,28 @@ def test_jobs_without_gradients_take_the_options_that_move_a_byte_and_no_other(t
             said = str(error)
             assert said.startswith((f"{name}={value!r} changes nothing in ", f"{name}=0: "))
             assert said.endswith("leave it out")
+
+
+def test_stacked_experts_are_copied_to_generate_and_merged_at_once():
+    mixtral = make_config("mixtral").to_dict()
+    stack = 8 * 3 * 128 * 320
+    adapted = {"method": "lora", "lora_rank": 4, "dtype": "bf16"}
+    short = {"seq_len": 8, "new_tokens": 1}
+    copied, apart = (
+        estimate_generation(mixtral, **adapted, **short, experts=experts).to_json()["terms"]
+        for experts in ("stacked", "separate")
+    )
+    copy = "one layer's experts with the adapter's update"
+    assert copied[copy] == 2 * stack and copy not in apart
+    assert copied["weights"] == apart["weights"]
+    merged, apart = (
+        estimate_merge(mixtral, **adapted, experts=experts).to_json()["terms"]
+        for experts in ("stacked", "separate")
+    )
+    assert merged["update of the largest matrix"] == 4 * 8 * 2 * 128 * 320
+    assert apart["update of the largest matrix"] == 4 * 128 * 320
+    with pytest.raises(ValueError, match="experts='separate' changes nothing in merging"):
+        estimate_merge(MISTRAL, experts="separate")
 
 
 def test_merging_needs_room_for_one_matrix():
@@ -716,6 +826,7 @@ def test_merging_needs_room_for_one_matrix():
         ({"target_modules": ["q_proj", 5]}, "target_modules=['q_proj', 5]: give 'all-linear'"),
         ({"lora_dropout": "a"}, "lora_dropout='a': give a share"),
         ({"autocast": "no"}, "autocast='no': give True or False"),
+        ({"experts": "piled"}, "experts='piled' is unknown: use stacked, separate"),
         ({"zero_stage": True}, "zero_stage=True is unknown"),
         ({"zero_stage": 2.0}, "zero_stage=2.0 is unknown"),
         ({"attention": "flash_attention_2", "dtype": "fp32"}, "dtype='fp32' without autocast"),

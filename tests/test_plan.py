@@ -172,6 +172,29 @@ def test_a_token_meets_only_its_experts():
     assert one / (2 * 64 * mixtral.parameters) == pytest.approx(12.9 / 46.7, rel=0.02)
 
 
+def test_how_experts_lie_changes_no_product_but_those_of_their_adapters():
+    values = model("Mixtral-8x7B-Instruct-v0.1")
+    stacked, separate = (read(values, experts) for experts in ("stacked", "separate"))
+    for options in (Options(seq_len=64), Options(method="lora", target_modules="q_proj")):
+        assert step_flops(stacked, options) == step_flops(separate, options)
+    # PEFT adds B A to the weights of all experts in each pass, whatever the batch.
+    short, long = (
+        step_flops(stacked, Options(method="lora", lora_dropout=0.0, seq_len=n, batch_size=64))
+        for n in (1, 2)
+    )
+    update = 32 * 2 * 8 * (32 * 4096 * 2 * 14336 + 16 * 4096 * 14336)
+    assert 2 * short.forward - long.forward == pytest.approx(update, rel=0.01)
+
+
+def test_quantizing_is_no_way_to_shrink_stacked_experts():
+    mixtral = model("Mixtral-8x7B-Instruct-v0.1")
+    names = {
+        experts: {knob.name for knob in knobs(mixtral, method="lora", experts=experts)}
+        for experts in ("stacked", "separate")
+    }
+    assert names["separate"] - names["stacked"] == {"QLoRA instead of LoRA"}
+
+
 def test_dpo_pays_for_its_reference():
     dpo = flops(objective="dpo")
     assert dpo.reference == dpo.forward == 2 * flops().forward

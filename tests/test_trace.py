@@ -32,6 +32,8 @@ CONFIGS = {
     "phi": SHAPE,
     "phi3": SHAPE,
     "mixtral": SHAPE,
+    "qwen3_moe": SHAPE
+    | {"head_dim": 32, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 96},
     "gpt2": {"n_embd": 128, "n_layer": 3, "n_head": 4, "vocab_size": 600, "n_positions": 512}
     | TOKENS,
 }
@@ -163,6 +165,57 @@ def test_both_engines_agree_on_every_method(method, how):
 def test_both_engines_agree_on_other_families_and_options(family, options):
     found = agreement(family, **options)
     assert found.verdict == "agree", str(found)
+
+
+ATTENTION = "q_proj,k_proj,v_proj,o_proj"
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mixtral", {"method": "full", "gradient_checkpointing": False}),
+        ("mixtral", {"method": "lora"}),
+        ("mixtral", {"method": "lora", "gradient_checkpointing": False}),
+        ("mixtral", {"method": "lora", "reentrant": False, "batch_size": 8, "seq_len": 512}),
+        ("mixtral", {"method": "lora", "target_modules": ATTENTION}),
+        ("mixtral", {"method": "qlora"}),
+        ("mixtral", {"method": "qlora", "kbit_prepared": False, "gradient_checkpointing": False}),
+        ("qwen3_moe", {"method": "full", "optimizer": "sgd"}),
+        ("qwen3_moe", {"method": "lora"}),
+        ("qwen3_moe", {"method": "lora", "gradient_checkpointing": False, "batch_size": 8}),
+        ("qwen3_moe", {"method": "qlora", "gradient_checkpointing": False}),
+    ],
+    ids=str,
+)
+def test_both_engines_agree_on_stacked_experts(family, options):
+    found = agreement(family, **options)
+    assert found.verdict == "agree", str(found)
+    closed, traced = found.closed, found.traced
+    assert closed.parameters == traced.parameters
+    assert closed.trainable_parameters == traced.trainable_parameters
+    assert closed.saved_activations_bytes == pytest.approx(traced.saved_activations_bytes, rel=0.02)
+
+
+def test_a_measured_step_of_stacked_experts_is_the_traced_one():
+    # Experts in fp32, as PEFT prepares them: torch's own shapes of grouped products are for bf16.
+    options = {**SMALL, "method": "qlora", "device": "cpu", "gradient_checkpointing": False}
+    traced = memory.trace(config("mixtral"), **options)
+    measured = memory.measure(config("mixtral"), **options)
+    assert measured["saved activations"].measured_bytes == traced.saved_activations_bytes
+    for phase, n_bytes in traced.phases.items():
+        assert measured[f"peak: {phase}"].measured_bytes == pytest.approx(n_bytes, rel=1e-3)
+
+
+@pytest.mark.parametrize("task", [memory.trace, memory.measure, compare])
+def test_experts_that_the_installed_transformers_has_not_are_refused(task):
+    with pytest.raises(ValueError, match="experts='separate': the installed transformers stacks"):
+        task(config("mixtral"), **SMALL, experts="separate", device="cpu")
+
+
+def test_models_without_experts_do_not_care():
+    found = agreement("llama", experts="separate")
+    assert found.verdict == "agree"
+    assert found.closed == memory.estimate(config("llama"), **SMALL)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])

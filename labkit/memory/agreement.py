@@ -14,7 +14,7 @@ from typing import Any
 from labkit.memory.architecture import Architecture, read
 from labkit.memory.closed_form import MemoryEstimate, build_options, estimate, load_config
 from labkit.memory.loss import FP32, predicted_tokens
-from labkit.memory.options import DTYPES, Options
+from labkit.memory.options import Options
 from labkit.memory.phases import LOSS, Step
 from labkit.memory.terms import total
 from labkit.memory.tracing import ModuleBytes, TraceEstimate, trace
@@ -97,7 +97,7 @@ def compare(config: Mapping[str, Any] | str | Path, **options: Any) -> Agreement
         ValueError: as `trace`.
     """
     values = load_config(config)
-    arch = read(values)
+    arch = read(values, options.get("experts"))
     chosen = build_options(arch, options)
     traced = trace(values, **options)
     closed = estimate(values, **options)
@@ -164,26 +164,10 @@ def _tiles_without_triton(
     )
 
 
-def _whole_experts(
-    values: Mapping[str, Any], arch: Architecture, options: Options, closed: MemoryEstimate
-) -> Reason | None:
-    """Experts whose weights lie in one tensor, as in transformers 5, have no layers to adapt."""
-    if not (arch.experts and options.has_adapters):
-        return None
-    one_layer = sum(matrix.weights for matrix in arch.matrices if matrix.copies > 1)
-    layers = 1 if options.gradient_checkpointing else arch.layers
-    return Reason(
-        "PEFT adds an expert adapter's update to a whole copy of the weights, kept for backward",
-        -DTYPES[options.dtype] * layers * one_layer,
-        "peft.tuners.lora.ParamWrapper",
-    )
-
-
 _REASONS: tuple[Callable[..., Reason | None], ...] = (
     _shifted_copy,
     _written_out_attention,
     _tiles_without_triton,
-    _whole_experts,
 )
 
 

@@ -15,6 +15,11 @@ from typing import Any
 
 LARGEST = 10**12
 """No size or count is above it: more is a slip of the hand."""
+EXPERTS = ("stacked", "separate")
+"""All experts of a layer in two bare parameters, as transformers 5 has them, or each expert in
+linear layers of its own, as transformers 4 had them."""
+ROUTER = "gate"
+"""What all families with experts call the matrix that sends tokens to them."""
 
 
 def shown(value: Any) -> str:
@@ -30,15 +35,38 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear layer, as many times as a decoder layer has it."""
+    """A linear layer or bare parameter, as many times as a decoder layer has it."""
 
     name: str
-    """As transformers calls it, which is also what `target_modules` names."""
+    """As transformers calls it, which is also what `target_modules` names of a linear layer."""
     n_in: int
     n_out: int
     bias: bool = False
     copies: int = 1
     """More than one where a mixture of experts has one for each expert."""
+    joins: tuple[str, ...] = ()
+    """Of a bare parameter, as transformers 5 has routers and stacked experts: the linear layers of
+    transformers 4 that it holds, by the names that PEFT still knows them under."""
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is no linear layer: bitsandbytes leaves it, and PEFT adapts a copy of it."""
+        return bool(self.joins)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it holds all experts of a layer in one tensor."""
+        return self.bare and self.name != ROUTER
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What `target_modules` calls it."""
+        return self.joins or (self.name,)
+
+    @property
+    def tensor(self) -> int:
+        """Numbers of one tensor: of all copies where they are stacked."""
+        return self.n_in * self.n_out * (self.copies if self.stacked else 1)
 
     @property
     def weights(self) -> int:
@@ -137,7 +165,12 @@ class Architecture:
     @property
     def quantized_weights(self) -> int:
         """Weights that bitsandbytes quantizes: those of all linear layers but the output head."""
-        return self.layers * sum(matrix.weights for matrix in self.matrices)
+        return self.layers * sum(matrix.weights for matrix in self.matrices if not matrix.bare)
+
+    @property
+    def bare_weights(self) -> int:
+        """Weights of routers and stacked experts, which no linear layer holds."""
+        return self.layers * sum(matrix.weights for matrix in self.matrices if matrix.bare)
 
     @property
     def parameters(self) -> int:
@@ -152,15 +185,16 @@ class Architecture:
     @property
     def largest_tensor(self) -> int:
         """Numbers of the largest single parameter, which some optimizers copy."""
-        largest = max((m.n_in * m.n_out for m in self.matrices), default=0)
+        largest = max((matrix.tensor for matrix in self.matrices), default=0)
         return max(self.vocabulary * self.hidden, largest)
 
 
-def read(config: Mapping[str, Any]) -> Architecture:
+def read(config: Mapping[str, Any], experts: str | None = None) -> Architecture:
     """Shapes of the model that a Hugging Face configuration describes.
 
     Args:
         config: what `config.json` holds. A vision-language model's is read for its text part.
+        experts: how a mixture of experts lays them out, one of `EXPERTS`; None is the first.
 
     Raises:
         ValueError: a size that is missing, not a whole number from 1, or does not fit another one.
@@ -184,14 +218,14 @@ def read(config: Mapping[str, Any]) -> Architecture:
             )
         outer = str(config.get("model_type", "this model"))
         kept = {name: config[name] for name in _OUTER if name in config}
-        text = _noting_quantization(read({**kept, **inner}), config)
+        text = _noting_quantization(read({**kept, **inner}, experts), config)
         note = f"{outer}: only the text part was counted, no image or audio encoder"
         return replace(text, uncounted=(note, *text.uncounted))
     family = _FAMILIES.get(model_type)
     if family is None:
         found = _unknown(config, model_type)
     else:
-        found = _checked(family(_Config(config, model_type)))
+        found = _checked(family(_Config(config, model_type, experts != "separate")))
     return _noting_quantization(found, config)
 
 
@@ -217,8 +251,8 @@ _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 class _Config:
     """Keys of a configuration, checked as they are read."""
 
-    def __init__(self, values: Mapping[str, Any], model_type: str) -> None:
-        self.values, self.model_type = values, model_type
+    def __init__(self, values: Mapping[str, Any], model_type: str, stacked: bool = True) -> None:
+        self.values, self.model_type, self.stacked = values, model_type, stacked
         self.windowed = not model_type.startswith(("llama", "qwen"))
 
     def size(self, name: str, default: int | None = None) -> int:
@@ -426,13 +460,19 @@ def _gpt2(c: _Config) -> Architecture:
 
 
 def _experts(
-    base: Mapping[str, Any], names: tuple[str, str, str, str], experts: int
+    base: Mapping[str, Any], names: tuple[str, str, str], experts: int, stacked: bool
 ) -> tuple[Matrix, ...]:
-    """Router and experts; before transformers 5 each expert had linear layers of its own."""
+    """Router and experts, which transformers 5 stacks: (experts, out, in), gate and up joined."""
     hidden, mlp = base["hidden"], base["mlp"]
-    router, gate, up, down = names
+    gate, up, down = names
+    if stacked:
+        return (
+            Matrix(ROUTER, hidden, experts, joins=(ROUTER,)),
+            Matrix("gate_up_proj", hidden, 2 * mlp, copies=experts, joins=(gate, up)),
+            Matrix("down_proj", mlp, hidden, copies=experts, joins=(down,)),
+        )
     return (
-        Matrix(router, hidden, experts),
+        Matrix(ROUTER, hidden, experts),
         Matrix(gate, hidden, mlp, copies=experts),
         Matrix(up, hidden, mlp, copies=experts),
         Matrix(down, mlp, hidden, copies=experts),
@@ -445,7 +485,7 @@ def _mixtral(c: _Config) -> Architecture:
     experts = c.size("num_local_experts", 8)
     return Architecture(
         **base,
-        matrices=_attention(base) + _experts(base, ("gate", "w1", "w3", "w2"), experts),
+        matrices=_attention(base) + _experts(base, ("w1", "w3", "w2"), experts, c.stacked),
         experts=experts,
         experts_per_token=c.size("num_experts_per_tok", 2),
     )
@@ -457,13 +497,14 @@ def _qwen3_moe(c: _Config) -> Architecture:
     base["kv_heads"] = c.size("num_key_value_heads", 4)
     base["mlp"] = c.size("moe_intermediate_size", 768)
     experts = c.size("num_experts", c.optional("num_local_experts") or 128)
-    names = ("gate", "gate_proj", "up_proj", "down_proj")
+    names = ("gate_proj", "up_proj", "down_proj")
+    attention = _attention(base, c.flag("attention_bias"))
     unread = ()
     if c.size("decoder_sparse_step", 1) != 1 or c.values.get("mlp_only_layers"):
         unread = ("qwen3_moe: layers without experts were counted as layers with them",)
     return Architecture(
         **base,
-        matrices=_attention(base, c.flag("attention_bias")) + _experts(base, names, experts),
+        matrices=attention + _experts(base, names, experts, c.stacked),
         qk_norm=True,
         experts=experts,
         experts_per_token=c.size("num_experts_per_tok", 8),

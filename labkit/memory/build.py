@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from labkit import paths
 from labkit.errors import LabkitError
+from labkit.memory.architecture import Architecture, read
 from labkit.memory.closed_form import load_config
 from labkit.memory.options import Options, check_one_step
 from labkit.quiet import drop_peft_notice, without_progress_bars
@@ -44,7 +45,8 @@ def build_model(
         ValueError: transformers knows no such model, or the options ask for what cannot be trained.
         LabkitError: an attention kernel or a library that is not installed.
     """
-    check_trainable(options, torch.device(device).type)
+    arch = read(load_config(config), options.experts)
+    check_trainable(arch, options, torch.device(device).type)
     folder = None if isinstance(config, Mapping) else _folder_with_weights(config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -67,9 +69,9 @@ def build_model(
         return _with_method(model, options).train()
 
 
-def check_trainable(options: Options, device: str) -> None:
+def check_trainable(arch: Architecture, options: Options, device: str) -> None:
     """Raise ValueError or LabkitError for options that no step on one device can follow."""
-    check_one_step(options)
+    check_one_step(arch, options)
     if options.optimizer.startswith("paged") and device != "cuda":
         raise ValueError(
             f"optimizer={options.optimizer!r} on {device}: pages are managed by CUDA: use "

@@ -19,7 +19,7 @@ from typing import Any
 from labkit import paths
 from labkit.memory import sharding
 from labkit.memory.architecture import Architecture, read
-from labkit.memory.options import Options, check_fit
+from labkit.memory.options import Options, adapted_matrices, check_fit
 from labkit.memory.phases import LAYER, LOSS, STEP, Moment, Step
 from labkit.memory.state import state_bytes, trained_width
 from labkit.memory.terms import Term
@@ -121,7 +121,7 @@ def build_step(config: Mapping[str, Any] | str | Path, options: Mapping[str, Any
     Raises:
         ValueError: as `estimate`.
     """
-    arch = read(load_config(config))
+    arch = read(load_config(config), options.get("experts"))
     chosen = build_options(arch, options)
     check_fit(arch, chosen)
     return Step(arch, chosen)
@@ -129,6 +129,9 @@ def build_step(config: Mapping[str, Any] | str | Path, options: Mapping[str, Any
 
 def build_options(arch: Architecture, given: Mapping[str, Any]) -> Options:
     """Options with what the config decides filled in.
+
+    Args:
+        arch: read with the `experts` of the options.
 
     Raises:
         ValueError: an option that does not exist, or a value that cannot be meant.
@@ -145,6 +148,8 @@ def build_options(arch: Architecture, given: Mapping[str, Any]) -> Options:
     if options.is_4_bit and options.kbit_prepared and options.dtype != "fp32":
         # The fp32 results of prepared norms meet 16-bit heads: that computes under autocast only.
         options = replace(options, autocast=True)
+    if options.lora_dropout and any(matrix.bare for matrix in adapted_matrices(arch, options)):
+        options = replace(options, lora_dropout=0.0)  # peft.tuners.lora.ParamWrapper takes no other
     return options
 
 
@@ -230,14 +235,7 @@ def _notes(arch: Architecture, options: Options) -> tuple[str, ...]:
         )
     if options.method == "prefix" and options.gradient_checkpointing:
         notes.append("a recomputed layer drops the prefix: train it without checkpointing")
-    if arch.experts:
-        notes.append("the busiest expert is taken to get twice an even share of the tokens")
-        if options.has_adapters:
-            notes.append(
-                "too low by up to a third with transformers 5, where PEFT copies all weights of a "
-                "layer's experts to adapt them: see --trace, or leave the experts out of "
-                "target_modules"
-            )
+    notes += _notes_on_experts(arch, options)
     if arch.softcap_attention:
         notes.append("this model caps its attention scores, which sdpa cannot: eager was counted")
     if options.attention == "sdpa" and options.dtype == "fp32" and not options.autocast:
@@ -245,3 +243,26 @@ def _notes(arch: Architecture, options: Options) -> tuple[str, ...]:
     if options.fused and options.optimizer != "adamw":
         notes.append(f"fused has no meaning for {options.optimizer}")
     return tuple(notes)
+
+
+def _notes_on_experts(arch: Architecture, options: Options) -> list[str]:
+    if not arch.experts:
+        return []
+    if options.experts == "separate":
+        return ["the busiest expert is taken to get twice an even share of the tokens"]
+    notes = []
+    if any(matrix.stacked for matrix in adapted_matrices(arch, options)):
+        notes.append(
+            "PEFT adapts stacked experts in a copy of all their weights, kept for backward, and "
+            "without lora_dropout, which was counted as 0 (peft.tuners.lora.ParamWrapper): leaving "
+            "the experts out of target_modules saves the copies"
+        )
+    if options.is_4_bit:
+        left = "as they are"
+        if options.kbit_prepared:
+            left = "in 32 bits, which prepare_model_for_kbit_training makes of them"
+        notes.append(
+            "bitsandbytes quantizes linear layers only, which stacked experts are not: they were "
+            f"counted {left} (bitsandbytes issue 1849)"
+        )
+    return notes

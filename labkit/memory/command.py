@@ -48,7 +48,8 @@ def _trace(config: str, task: str, as_json: bool, asked: dict[str, Any]) -> int:
     """Run the step on fake tensors as well, and print both; this imports torch."""
     if task != "train":
         raise ValueError(f"--trace with --task {task}: a training step is traced: leave one out")
-    choices.check_traceable(build_step(config, asked).options)  # before torch, which takes seconds
+    step = build_step(config, asked)
+    choices.check_traceable(step.arch, step.options)  # before torch, which takes seconds
     from labkit.memory import agreement
 
     found = agreement.compare(config, **asked)
@@ -138,6 +139,11 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     choice("loss_path", choices.LOSS_PATHS)
     switch("double_quant", "quantize the constants of NF4, too")
     switch("kbit_prepared", "norms in fp32 before QLoRA, as PEFT prepares them")
+    parser.add_argument(
+        "--experts",
+        choices=choices.EXPERTS,
+        help="of a mixture: in one parameter, as transformers 5, or in linear layers (stacked)",
+    )
     switch("precompute_reference", "DPO without its reference model in memory")
     number("num_devices", "that share the work")
     parser.add_argument(

@@ -24,21 +24,58 @@ FP32 = 4
 
 @contextmanager
 def faking() -> Iterator[None]:
-    """Within it every new tensor is fake.
+    """Within it every new tensor is fake, and stacked experts compute in any precision.
 
     transformers looks at the positions of a batch to learn whether several texts share a row, and
     takes it that they do where there is nothing to look at. Here they do not.
     """
     from transformers import masking_utils
 
-    look = masking_utils.find_packed_sequence_indices
+    look, grouped = masking_utils.find_packed_sequence_indices, functional.grouped_mm
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    functional.grouped_mm = _grouped_mm  # pyright: ignore
     try:
         # PEFT keeps the ids of virtual tokens outside its modules; they may stay real.
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
         masking_utils.find_packed_sequence_indices = look
+        functional.grouped_mm = grouped
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+    """Products of stacked experts: torch's own has shapes for bf16 only, and kernels for more.
+
+    Args:
+        x: (tokens, in), sorted by expert.
+        weight: (experts, in, out).
+        offs: (experts,) int32, where the tokens of each end.
+
+    Returns:
+        (tokens, out).
+    """
+    if x.dtype == torch.bfloat16:
+        return torch._grouped_mm(x, weight, offs=offs)  # pyright: ignore
+    return _GroupedProduct.apply(x, weight, offs)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Keeps each factor whose partner needs a gradient, as torch's own does."""
+
+    @staticmethod
+    def forward(ctx, x, weight, offs):
+        for_x, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None, offs)
+        ctx.shapes = x.shape, weight.shape
+        return x.new_empty(x.shape[0], weight.shape[2])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        made = (
+            gradient.new_empty(shape) if needed else None
+            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad[:2], strict=True)
+        )
+        return *made, None
 
 
 # ---- a model of the meta device, as fake tensors -----------------------------------------------

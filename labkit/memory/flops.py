@@ -21,7 +21,7 @@ nothing of memory traffic, of kernels that start, or of casts: it bounds time fr
 from dataclasses import dataclass
 
 from labkit.memory.architecture import Architecture, Matrix
-from labkit.memory.options import Options, adapted_matrices
+from labkit.memory.options import Options, adapted_matrices, adapter_rank
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,12 @@ def step_flops(arch: Architecture, options: Options) -> Flops:
     token.
     """
     tokens = options.tokens
-    adapted = {id(matrix) for matrix in adapted_matrices(arch, options)}
     frozen = options.is_peft
     layers = arch.layers
     flowing = options.trainable_layers if options.method == "freeze" else layers
 
     matrices = sum(_products(arch, matrix) for matrix in arch.matrices)
-    adapters = sum(
-        2 * options.lora_rank * (matrix.n_in + matrix.n_out) * _share(arch, matrix)
-        for matrix in arch.matrices
-        if id(matrix) in adapted
-    )
+    adapters = sum(_adapter(arch, matrix, options) for matrix in adapted_matrices(arch, options))
     scores = _scores(arch, options)
     head = 2 * arch.vocabulary * arch.hidden
 
@@ -85,6 +80,17 @@ def step_flops(arch: Architecture, options: Options) -> Flops:
 def _products(arch: Architecture, matrix: Matrix) -> float:
     """Operations of one token's forward pass through one matrix of a layer."""
     return 2 * matrix.n_in * matrix.n_out * _share(arch, matrix)
+
+
+def _adapter(arch: Architecture, matrix: Matrix, options: Options) -> float:
+    """Operations of one token's forward pass through the adapter of a matrix.
+
+    Of a bare parameter PEFT adds B A to all weights, once in a pass, however many tokens share it.
+    """
+    rank = adapter_rank(matrix, options)
+    if matrix.bare:
+        return 2 * rank * matrix.weights / options.tokens
+    return 2 * rank * (matrix.n_in + matrix.n_out) * _share(arch, matrix)
 
 
 def _share(arch: Architecture, matrix: Matrix) -> int:

@@ -19,6 +19,7 @@ from labkit.memory.phases import WORKSPACE
 from labkit.memory.state import (
     FP32,
     nf4_bytes,
+    norm_width,
     numbers,
     trained_parameters,
     weight_terms,
@@ -66,9 +67,10 @@ def cache_bytes(arch: Architecture, rows: int, tokens: int, width: int) -> int:
 def estimate_generation(
     config: Mapping[str, Any] | str | Path, new_tokens: int = 256, **options: Any
 ) -> InferenceEstimate:
-    """Peak bytes of `generate`: the higher of two moments, beside weights and the cache so far.
+    """Peak bytes of `generate`: the highest of its moments, beside weights and the cache so far.
 
-    One layer over the whole prompt, or the logits of the last token, when the cache is full.
+    One layer over the whole prompt, or the logits of the last token, when the cache is full; or the
+    last token in a layer whose stacked experts have an adapter.
 
     Args:
         config: as for `estimate`.
@@ -84,7 +86,7 @@ def estimate_generation(
     if new_tokens > LARGEST:
         raise ValueError(f"new_tokens={shown(new_tokens)}: give at most {LARGEST:,}")
     arch, chosen = _read(config, options)
-    _refuse_idle(options, chosen, GENERATING, "generating text")
+    _refuse_idle(options, arch, chosen, GENERATING, "generating text")
     width, rows = DTYPES[chosen.dtype], chosen.batch_size
     length = chosen.keys + new_tokens
     if arch.positions is not None and length > arch.positions:
@@ -92,9 +94,11 @@ def estimate_generation(
             f"seq_len + new_tokens = {length} is more than the {arch.positions} positions that "
             "this model has learned: give fewer"
         )
+    copies = _copy_terms(arch, chosen)
     moments = (
-        [*_cache_terms(arch, rows, chosen.keys, width), *_prompt_terms(arch, chosen)],
+        [*_cache_terms(arch, rows, chosen.keys, width), *_prompt_terms(arch, chosen), *copies],
         [*_cache_terms(arch, rows, length, width), *_logits_terms(arch, rows, width)],
+        [*_cache_terms(arch, rows, length, width), *copies],
     )
     terms = [*_held(arch, chosen), *max(moments, key=total)]
     notes = arch.uncounted
@@ -138,6 +142,18 @@ def _prompt_terms(arch: Architecture, options: Options) -> list[Term]:
     return max(mlp, attention, key=total)
 
 
+def _copy_terms(arch: Architecture, options: Options) -> list[Term]:
+    """Stacked experts with their adapter's update in them, made in each pass through a layer."""
+    copied = sum(matrix.weights for matrix in adapted_matrices(arch, options) if matrix.stacked)
+    width = norm_width(options)
+    return term(
+        "one layer's experts with the adapter's update",
+        copied * width,
+        f"{width} B x {copied:,} weights",
+        "peft.tuners.lora.ParamWrapper",
+    )
+
+
 def _logits_terms(arch: Architecture, rows: int, width: int) -> list[Term]:
     return term(
         "logits of the last token",
@@ -163,8 +179,9 @@ def estimate_merge(config: Mapping[str, Any] | str | Path, **options: Any) -> In
         raise ValueError(
             f"method={chosen.method!r} leaves nothing to merge: give method='lora' or 'qlora'"
         )
-    _refuse_idle(options, chosen, MERGING, "merging")
-    largest = max(m.n_in * m.n_out for m in adapted_matrices(arch, chosen))
+    _refuse_idle(options, arch, chosen, MERGING, "merging")
+    matrix = max(adapted_matrices(arch, chosen), key=lambda one: one.tensor)
+    largest = matrix.tensor
     width = DTYPES[chosen.dtype]
     terms = [
         *_held(arch, chosen),
@@ -176,7 +193,7 @@ def estimate_merge(config: Mapping[str, Any] | str | Path, **options: Any) -> In
             DERIVED,
         ),
     ]
-    if chosen.is_4_bit:
+    if chosen.is_4_bit and not matrix.bare:
         packed = sum(nf4_bytes(largest, chosen.double_quant))
         terms += term(
             "the matrix unpacked, and packed again",
@@ -199,7 +216,7 @@ def estimate_merge(config: Mapping[str, Any] | str | Path, **options: Any) -> In
 def _read(
     config: Mapping[str, Any] | str | Path, options: Mapping[str, Any]
 ) -> tuple[Architecture, Options]:
-    arch = read(load_config(config))
+    arch = read(load_config(config), options.get("experts"))
     # Nothing is prepared for training: norms, embedding and head keep their 16 bits.
     chosen = build_options(arch, {"kbit_prepared": False, **options})
     require_one_device(chosen, "generating and merging are counted on one device: leave it out")
@@ -207,10 +224,16 @@ def _read(
 
 
 def _refuse_idle(
-    given: Mapping[str, Any], chosen: Options, matters: tuple[str, ...], task: str
+    given: Mapping[str, Any],
+    arch: Architecture,
+    chosen: Options,
+    matters: tuple[str, ...],
+    task: str,
 ) -> None:
     """Raise ValueError for an option that was given and that no byte depends on."""
     matters += OF_METHOD.get(chosen.method, ())
+    if arch.experts and chosen.has_adapters:
+        matters += ("experts",)
     idle = [name for name, value in given.items() if value is not None and name not in matters]
     if idle:
         raise ValueError(

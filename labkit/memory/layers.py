@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from labkit.memory.architecture import Architecture, Matrix
 from labkit.memory.tape import Tape, Value
 
-FP32 = 4
+FP32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Work:
     weights: int
     """Bytes of a number of a weight that is not quantized."""
     norms: int
-    """The same for a norm's weight."""
+    """The same for the weight of a norm, of a router, and of stacked experts."""
     tables: int
     """The same for the cosines and sines of rotary positions."""
     autocast: bool = False
@@ -36,9 +36,13 @@ class Work:
     masked: bool = False
     """Whether sdpa gets a mask: rows are padded, or a prefix comes before them."""
     rank: int = 0
+    """Of the adapter of a linear layer."""
     adapter: int = FP32
     """Bytes of a number of an adapter: PEFT keeps adapters of a 16-bit base in fp32."""
     adapter_dropout: float = 0.0
+    as_needed: bool = False
+    """Whether a layer is computed again as backward needs it: then a kept tensor goes when it was
+    read, and else when the results of what read it are there."""
     on_gpu: bool = True
     """A GPU keeps dropout masks of one byte a number, a CPU as wide as the numbers; and PEFT asks
     CUDA alone whether autocast is on."""
@@ -134,7 +138,7 @@ class _Layer:
         tape.group = "norms"
         normed = self.norm("MLP norm", x)
         with tape.holding(normed):
-            out = self.moe_block(normed) if arch.experts else self.mlp_block(normed)
+            out = self._feed_forward(normed)
         if arch.norms == 4:
             tape.group = "norms"
             out = self.norm("norm after the MLP", out)
@@ -423,15 +427,19 @@ class _Layer:
 
     def _gate_and_up(self, x: Value) -> tuple[Value, Value]:
         """Two projections of x, or the two halves of one."""
-        tape = self.tape
         if any(matrix.name == "gate_up_proj" for matrix in self.arch.matrices):
-            both = self.next_linear(x)
-            half = both.numbers / 2
-            gate = tape.operation("gate", [both], half, both.width, share=x.share)
-            up = tape.operation("up", [both], half, both.width, share=x.share)
-            gate.held, up.held = both.numbers, 0  # views: what keeps one keeps all
-            return gate, up
+            return self._halves(self.next_linear(x))
         return self.next_linear(x), self.next_linear(x)
+
+    def _halves(self, both: Value) -> tuple[Value, Value]:
+        """Views of one tensor: what keeps one keeps all."""
+        half = both.numbers / 2
+        gate, up = (
+            self.tape.operation(name, [both], half, both.width, share=both.share)
+            for name in ("gate", "up")
+        )
+        gate.held, up.held = both.numbers, 0
+        return gate, up
 
     def activation(self, x: Value) -> Value:
         """SiLU and GELU keep their input; GPT-2's GELU is written out and keeps four tensors."""
@@ -443,6 +451,13 @@ class _Layer:
         half = tape.operation("x / 2", [x], x.numbers, x.width)
         plus = tape.operation("1 + tanh", [curve], x.numbers, x.width, passes_gradient=True)
         return tape.multiply("gelu_new", half, plus)
+
+    def _feed_forward(self, x: Value) -> Value:
+        if not self.arch.experts:
+            return self.mlp_block(x)
+        if any(matrix.stacked for matrix in self.arch.matrices):
+            return self.stacked_experts(x)
+        return self.moe_block(x)
 
     def moe_block(self, x: Value) -> Value:
         """Router, and experts in turn: what all of them keep, and the gradients of one of them.
@@ -469,3 +484,96 @@ class _Layer:
         out = self.linear(down_matrix, product, product.numbers)
         weighted = tape.multiply("weighted by the router", out, chosen)
         return tape.operation("sum over experts", [weighted], work.tokens * arch.hidden, x.width)
+
+    def stacked_experts(self, x: Value) -> Value:
+        """Router, and all experts at once, in products that are grouped by expert.
+
+        As `grouped_mm_experts_forward` of transformers.integrations.moe: no token waits for its
+        expert's turn, so that how evenly a router spreads them changes no byte. GPUs before Ampere
+        have no such product, and what transformers does there is not counted: it makes a gradient
+        of all experts even where they are frozen.
+        """
+        tape, arch, work = self.tape, self.arch, self.work
+        tape.group = "experts"
+        router, gate_up, down = (next(self.matrices) for _ in range(3))
+        sent = work.tokens * arch.experts_per_token
+        logits = self._bare(router, x, x.numbers, self._adapted_copy(router))
+        scores = tape.operation("router", [logits], logits.numbers, FP32)
+        if scores.grad:
+            tape.keep(scores, [scores])
+        # Mixtral leaves them in fp32, and so makes fp32 of what the experts' results become.
+        width = FP32 if arch.model_type == "mixtral" else logits.width
+        chosen = tape.operation("chosen experts", [scores], sent, width)
+        places = tape.source("places of tokens and experts", 3 * sent, INT64, grad=False)
+        way_back = tape.source("places to put results back", sent, INT64, grad=False)
+        factors = [self._factors(matrix) for matrix in (gate_up, down)]
+        inputs = tape.operation("tokens of the experts", [x], sent * arch.hidden, x.width, [places])
+        with tape.holding(inputs):
+            weight = self._adapted_copy(gate_up, factors[0])
+            both = self._bare(gate_up, inputs, inputs.numbers, weight)
+            with tape.holding(both):
+                gate, up = self._halves(both)
+                product = tape.multiply("gate x up", self.activation(gate), up)
+            weight = self._adapted_copy(down, factors[1])
+            out = self._bare(down, product, product.numbers, weight)
+            with tape.holding(out):
+                width = max(out.width, chosen.width)
+                # Backward makes whole tensors of both gradients, and then casts the first.
+                scratch = out.numbers * width
+                if out.width < width:
+                    scratch += scratch - work.as_needed * out.bytes
+                weighted = tape.multiply("weighted by the router", out, chosen, scratch=scratch)
+                placed = tape.operation(
+                    "put back", [weighted], weighted.numbers, weighted.width, [way_back]
+                )
+        numbers = work.tokens * arch.hidden
+        total = tape.operation(
+            "sum over experts", [placed], numbers, placed.width, passes_gradient=True
+        )
+        return tape.cast(total, x.width)
+
+    def _bare(self, matrix: Matrix, x: Value, numbers: float, weight: Value | None) -> Value:
+        """A product with a parameter that no linear layer holds.
+
+        Autocast reaches the router's, and not the grouped one, which casts x to its weights.
+
+        Args:
+            weight: a copy of the parameter with the update of an adapter in it.
+        """
+        tape, work = self.tape, self.work
+        inside = tape.cast(x, work.norms if matrix.stacked else work.compute)
+        trains = self.trained.weights or weight is not None
+        return tape.operation(
+            matrix.name,
+            [inside] if weight is None else [inside, weight],
+            numbers / matrix.n_in * matrix.n_out,
+            inside.width,
+            [inside] * trains + ([] if weight is None else [weight]),
+            matrix.weights * work.norms * self.trained.weights,
+        )
+
+    def _factors(self, matrix: Matrix) -> Value | None:
+        """A and B of a bare parameter's adapter, in the precision of that parameter."""
+        work = self.work
+        if not self.trained.adapted(matrix):
+            return None
+        rank = work.rank * len(matrix.targets) * matrix.copies
+        numbers = rank * (matrix.n_in + matrix.n_out)
+        factors = self.tape.operation(
+            f"{matrix.name}: A and B",
+            [],
+            numbers,
+            work.norms,
+            weight_gradient=numbers * work.adapter,
+        )
+        if work.norms == work.adapter:
+            factors.held = 0  # they are the adapter itself
+        return factors
+
+    def _adapted_copy(self, matrix: Matrix, factors: Value | None = None) -> Value | None:
+        """W + BA, all experts of it: PEFT's ParamWrapper makes it anew in each forward pass."""
+        factors = factors or self._factors(matrix)
+        if factors is None:
+            return None
+        name = f"{matrix.name}: copy with the adapter's update"
+        return self.tape.operation(name, [factors], matrix.weights, self.work.norms, [factors])

@@ -159,9 +159,9 @@ def _lora(arch: Architecture, options: Options) -> list[Change]:
 
 
 def _qlora(arch: Architecture, options: Options) -> list[Change]:
-    # bitsandbytes quantizes linear layers; GPT-2's are Conv1D.
-    quantizable = options.method == "lora" and arch.model_type != "gpt2"
-    return [{"method": "qlora"}] if quantizable else []
+    # bitsandbytes quantizes linear layers; GPT-2's are Conv1D, and stacked experts are none.
+    quantizable = arch.model_type != "gpt2" and not arch.bare_weights
+    return [{"method": "qlora"}] if options.method == "lora" and quantizable else []
 
 
 def _shorter(arch: Architecture, options: Options) -> list[Change]:

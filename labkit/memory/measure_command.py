@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _suite(out, asked.get("device"), quick, as_json)
     if config is None or out or quick:
         parser.error("name a CONFIG, or --suite, which --out and --quick belong to")
-    check_one_step(build_step(config, asked).options)  # before torch, which takes seconds
+    step = build_step(config, asked)
+    check_one_step(step.arch, step.options)  # before torch, which takes seconds
     from labkit.memory.measurement import measure
 
     found = measure(config, say=_say, **asked)

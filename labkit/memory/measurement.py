@@ -152,10 +152,10 @@ def measure(
         LabkitError: the step does not fit (`DoesNotFit`), or something it needs is not here.
     """
     values = load_config(config)
-    arch = read(values)
+    arch = read(values, options.get("experts"))
     given = {"device": "cuda" if torch.cuda.is_available() else "cpu", **options}
     chosen = build_options(arch, given)
-    check_trainable(chosen, chosen.device)
+    check_trainable(arch, chosen, chosen.device)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise LabkitError("device='cuda': torch finds no CUDA device here: use device='cpu'")
     say("building the model")

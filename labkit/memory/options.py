@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from labkit.memory.architecture import LARGEST, Architecture, Matrix, shown
+from labkit.memory.architecture import EXPERTS, LARGEST, ROUTER, Architecture, Matrix, shown
 
 METHODS = ("full", "freeze", "lora", "qlora", "prompt", "p-tuning", "prefix")
 OBJECTIVES = ("sft", "dpo")
@@ -26,7 +26,8 @@ class Options:
     target_modules: str | Sequence[str] = "all-linear"
     lora_dropout: float = 0.05
     """Any rate above 0 costs a mask and a copy of each adapter's input; the QLoRA paper trains with
-    0.05 and 0.1, PEFT's own default is 0."""
+    0.05 and 0.1, PEFT's own default is 0. Where stacked experts or a router are adapted it is 0:
+    PEFT refuses any other rate there."""
     num_virtual_tokens: int = 20
     encoder_hidden_size: int | None = None
     """Width of P-tuning's encoder; None is the model's own."""
@@ -54,6 +55,9 @@ class Options:
     double_quant: bool = True
     kbit_prepared: bool = True
     """Whether norms went to fp32 before QLoRA, as `prepare_model_for_kbit_training` does it."""
+    experts: str = EXPERTS[0]
+    """How a mixture of experts lays them out: `stacked` in two parameters, as transformers 5, or
+    `separate`, each in linear layers of its own, as transformers 4. No other model has any."""
     precompute_reference: bool = False
     """Whether DPO's reference log-probabilities were computed before training."""
     num_devices: int = 1
@@ -165,6 +169,7 @@ _CHOICES: dict[str, Sequence] = {
     "optimizer": OPTIMIZERS,
     "attention": ATTENTION,
     "loss_path": LOSS_PATHS,
+    "experts": EXPERTS,
     "zero_stage": (None, 0, 1, 2, 3),
     "sharding": SHARDING,
     "offload": OFFLOAD,
@@ -184,14 +189,15 @@ def adapted_matrices(arch: Architecture, options: Options) -> tuple[Matrix, ...]
     """The matrices of a decoder layer that LoRA adapts; none where the method is another one.
 
     Raises:
-        ValueError: a name that no layer has, or a rank above a matrix's smaller side.
+        ValueError: a name that no layer has, part of what lies in one parameter, or a rank above a
+            matrix's smaller side.
     """
     if not options.has_adapters:
         return ()
     wanted = options.target_modules
-    names = [matrix.name for matrix in arch.matrices]
-    if wanted == "all-linear":  # the router of a mixture of experts is left as it is
-        chosen = tuple(m for m in arch.matrices if not (arch.experts and m.n_out == arch.experts))
+    names = [name for matrix in arch.matrices for name in matrix.targets]
+    if wanted == "all-linear":  # routers and experts included, with transformers 4 and 5 alike
+        chosen = arch.matrices
     else:
         listed = wanted.split(",") if isinstance(wanted, str) else list(wanted)
         listed = [name.strip() for name in listed if name.strip()]
@@ -201,15 +207,32 @@ def adapted_matrices(arch: Architecture, options: Options) -> tuple[Matrix, ...]
                 f"target_modules holds {(unknown or [''])[0]!r}, which no layer of "
                 f"{arch.model_type} is called: it has {', '.join(dict.fromkeys(names))}"
             )
-        chosen = tuple(matrix for matrix in arch.matrices if matrix.name in listed)
+        chosen = tuple(m for m in arch.matrices if set(m.targets) & set(listed))
+        for matrix in chosen:
+            missing = [name for name in matrix.targets if name not in listed]
+            if missing:
+                raise ValueError(
+                    f"target_modules lacks {missing[0]!r}: stacked experts have it in one "
+                    f"parameter, {matrix.name}, with what is listed: name both, or neither"
+                )
     for matrix in chosen:
-        smaller = min(matrix.n_in, matrix.n_out)
-        if options.lora_rank > smaller:
+        smaller = min(matrix.n_in, matrix.n_out // len(matrix.targets))
+        # A router has few rows, and all-linear reaches it whatever the rank.
+        if options.lora_rank > smaller and matrix.name != ROUTER:
             raise ValueError(
                 f"lora_rank={options.lora_rank} is more than {matrix.name} can have, which is "
                 f"{matrix.n_in} by {matrix.n_out}: give at most {smaller}"
             )
     return chosen
+
+
+def adapter_rank(matrix: Matrix, options: Options) -> int:
+    """Rank of the adapter of one copy of a matrix.
+
+    Where two linear layers lie in one parameter, PEFT puts their two adapters side by side
+    (peft.utils.transformers_weight_conversion).
+    """
+    return options.lora_rank * len(matrix.targets)
 
 
 def check_fit(arch: Architecture, options: Options) -> None:
@@ -234,8 +257,13 @@ def check_fit(arch: Architecture, options: Options) -> None:
         )
 
 
-def check_one_step(options: Options) -> None:
+def check_one_step(arch: Architecture, options: Options) -> None:
     """Raise ValueError for options that no step on one device can follow, whichever it is."""
+    if arch.experts and options.experts == "separate":
+        raise ValueError(
+            "experts='separate': the installed transformers stacks them, and no other step can be "
+            "run: leave it out, or ask `estimate`, which counts both"
+        )
     require_one_device(
         options,
         "a step is measured on one device: leave it out, or ask `labkit estimate`, which answers "
@@ -248,9 +276,9 @@ def check_one_step(options: Options) -> None:
         )
 
 
-def check_traceable(options: Options) -> None:
+def check_traceable(arch: Architecture, options: Options) -> None:
     """Raise ValueError for options that no step on fake tensors can follow."""
-    check_one_step(options)
+    check_one_step(arch, options)
     if options.optimizer.endswith("8bit"):
         raise ValueError(
             f"optimizer={options.optimizer!r}: the kernels of bitsandbytes' optimizers read "

@@ -47,7 +47,7 @@ WORKSPACE = 2 * (4096 * 2 + 16 * 8) * 1024
 one for autograd's. torch takes 32 MiB each on Hopper."""
 COUNTED = (
     "gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "mixtral", "phi", "phi3",
-    "qwen2", "qwen3",
+    "qwen2", "qwen3", "qwen3_moe",
 )  # fmt: skip
 """Families whose saved tensors were counted on real models, small ones, in the tests."""
 EMBEDDED = "embedded words"
@@ -102,6 +102,7 @@ class Step:
             rank=options.lora_rank,
             adapter=trained_width(options),
             adapter_dropout=options.lora_dropout,
+            as_needed=options.gradient_checkpointing and not options.reentrant,
             on_gpu=options.device == "cuda",
         )
 
@@ -356,7 +357,8 @@ class Step:
         """How sure it is what the layers keep: real models of most families were counted."""
         if self.arch.model_type not in COUNTED:
             return UNVERIFIED
-        return DERIVED if self.arch.experts else MEASURED
+        by_turns = self.arch.experts and self.options.experts == "separate"
+        return DERIVED if by_turns else MEASURED
 
     @cached_property
     def forward_leaves(self) -> list[Term]:
@@ -376,7 +378,7 @@ class Step:
             return []
         # The head's copy is kept for backward, and counted there.
         matrices = [p for p in self.trained if p.matrix and not p.embedding]
-        cast = sum(p.numbers for p in matrices if p.name != "output head")
+        cast = sum(p.numbers for p in matrices if p.name != "output head" and p.autocast)
         return term(
             "autocast's copies of trained weights",
             2 * cast,
@@ -462,7 +464,7 @@ class Step:
         arch, options = self.arch, self.options
         streams, inside = 4 * arch.hidden * self.stream_width, (3 if arch.gated else 2) * arch.mlp
         inside *= self.work.compute * max(1, arch.experts_per_token)
-        largest = max(matrix.n_in * matrix.n_out for matrix in arch.matrices)
+        largest = max(matrix.tensor for matrix in arch.matrices if not matrix.bare)
         unpacked = largest * self.work.compute if options.is_4_bit else 0
         return term(
             "one layer of the reference",

@@ -47,7 +47,7 @@ class Planner:
 
     def __init__(self, config: Config, given: Mapping[str, Any]) -> None:
         self.values = load_config(config)
-        self.arch = read(self.values)
+        self.arch = read(self.values, given.get("experts"))
         self.options = self.build(given)
         self._peaks: dict[Options, Moment] = {}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from labkit.memory.architecture import Architecture
 from labkit.memory.options import DTYPES, Options
-from labkit.memory.state import FP32, gradient_bytes, head_width, trained_width
+from labkit.memory.state import FP32, gradient_bytes, head_width, norm_width, trained_width
 from labkit.memory.terms import (
     DERIVED,
     MEASURED,
@@ -129,7 +129,8 @@ def gathered_terms(arch: Architecture, options: Options, in_layer: bool) -> list
     layer = arch.layer_parameters
     layer_bytes = layer * width
     if options.is_4_bit:
-        layer_bytes = sum(matrix.weights for matrix in arch.matrices) / 2
+        whole = norm_width(options) * arch.bare_weights
+        layer_bytes = (arch.quantized_weights / 2 + whole) / arch.layers
     if options.sharding == "fsdp":
         if not _is_cut(options):
             return []

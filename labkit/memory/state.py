@@ -5,10 +5,10 @@ Numbers times bytes, with no batch in it. `P` is parameters, `Pt` trained ones.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from labkit.memory.architecture import Architecture
-from labkit.memory.options import DTYPES, Options, adapted_matrices
+from labkit.memory.options import DTYPES, Options, adapted_matrices, adapter_rank
 from labkit.memory.terms import DERIVED, MEASURED, QLORA_PAPER, Term, term
 
 FP32 = 4
@@ -31,11 +31,15 @@ class Parameter:
     copies: int = 1
     embedding: bool = False
     matrix: bool = True
+    stack: int = 1
+    """Matrices that lie in one tensor."""
+    autocast: bool = True
+    """Whether autocast casts it: stacked experts compute in the precision of their weights."""
 
     @property
     def size(self) -> int:
         """Numbers of one copy."""
-        return self.rows * self.columns
+        return self.rows * self.columns * self.stack
 
     @property
     def numbers(self) -> int:
@@ -45,15 +49,7 @@ class Parameter:
 def trained_parameters(arch: Architecture, options: Options) -> list[Parameter]:
     """Everything that gets a gradient, tensor by tensor."""
     if options.has_adapters:
-        rank = options.lora_rank
-        return [
-            parameter
-            for matrix in adapted_matrices(arch, options)
-            for parameter in (
-                Parameter(f"{matrix.name}: A", rank, matrix.n_in, arch.layers * matrix.copies),
-                Parameter(f"{matrix.name}: B", matrix.n_out, rank, arch.layers * matrix.copies),
-            )
-        ]
+        return _adapters(arch, options)
     if options.is_soft_prompt:
         return _soft_prompt(arch, options)
     layers = options.trainable_layers if options.method == "freeze" else arch.layers
@@ -62,6 +58,10 @@ def trained_parameters(arch: Architecture, options: Options) -> list[Parameter]:
         trained.append(Parameter("head norms", arch.head_dim, 1, 2 * layers, matrix=False))
     for matrix in arch.matrices:
         copies = layers * matrix.copies
+        if matrix.stacked:
+            shape = Parameter(matrix.name, matrix.n_out, matrix.n_in, layers)
+            trained.append(replace(shape, stack=matrix.copies, autocast=False))
+            continue
         trained.append(Parameter(matrix.name, matrix.n_out, matrix.n_in, copies))
         if matrix.bias:
             trained.append(Parameter(f"{matrix.name} bias", matrix.n_out, 1, copies, matrix=False))
@@ -75,6 +75,19 @@ def trained_parameters(arch: Architecture, options: Options) -> list[Parameter]:
         if arch.head_bias:
             trained.append(Parameter("head bias", arch.vocabulary, 1, matrix=False))
     return trained
+
+
+def _adapters(arch: Architecture, options: Options) -> list[Parameter]:
+    """A and B of each adapted matrix; those of stacked experts lie side by side in one A and B."""
+    found = []
+    for matrix in adapted_matrices(arch, options):
+        rank, copies = adapter_rank(matrix, options), arch.layers * matrix.copies
+        if matrix.stacked:
+            rank, copies = rank * matrix.copies, arch.layers
+        for name, rows, columns in (("A", rank, matrix.n_in), ("B", matrix.n_out, rank)):
+            name = f"{matrix.name}: {name}"
+            found.append(Parameter(name, rows, columns, copies, autocast=not matrix.stacked))
+    return found
 
 
 def _soft_prompt(arch: Architecture, options: Options) -> list[Parameter]:
@@ -108,6 +121,11 @@ def trained_width(options: Options) -> int:
 
 
 def norm_width(options: Options) -> int:
+    """Bytes of a number of a norm, and of whatever else is neither a linear layer nor an end.
+
+    `prepare_model_for_kbit_training` makes fp32 of every parameter that is not packed, and so of
+    stacked experts.
+    """
     prepared = options.is_4_bit and options.kbit_prepared
     return FP32 if prepared else DTYPES[options.dtype]
 
@@ -143,6 +161,8 @@ def weight_terms(arch: Architecture, options: Options) -> list[Term]:
         return term("weights", width * arch.parameters, formula, "shapes of config.json", MEASURED)
     packed = constants = biases = 0
     for matrix in arch.matrices:
+        if matrix.bare:
+            continue
         one = nf4_bytes(matrix.n_in * matrix.n_out, options.double_quant)
         copies = arch.layers * matrix.copies
         packed, constants = packed + copies * one[0], constants + copies * one[1]
@@ -150,6 +170,8 @@ def weight_terms(arch: Architecture, options: Options) -> list[Term]:
     ends = arch.vocabulary * arch.hidden + arch.head_parameters
     norms = arch.layers * arch.layer_norm_parameters + arch.norm_parameters
     norms += (arch.positions or 0) * arch.hidden  # a learned table of positions is cast as they are
+    bare = arch.bare_weights
+    others = f"{norms:,} of norms" + (f" and {bare:,} of experts and routers" if bare else "")
     constant = "1/64 + 4/16384" if options.double_quant else "4/64"
     q = f"{arch.quantized_weights:,} weights of linear layers"
     return [
@@ -157,9 +179,9 @@ def weight_terms(arch: Architecture, options: Options) -> list[Term]:
         *term("quantization constants", constants, f"({constant}) B x {q}", QLORA_PAPER, MEASURED),
         *term(
             "weights that stay 16-bit or fp32",
-            ends * head_width(options) + norms * norm_width(options) + biases,
+            ends * head_width(options) + (norms + bare) * norm_width(options) + biases,
             f"{head_width(options)} B x {ends:,} of embedding and head, {norm_width(options)} B x "
-            f"{norms:,} of norms",
+            f"{others}",
             "bitsandbytes quantizes linear layers only; PEFT and TRL cast the rest",
             MEASURED,
         ),

@@ -145,11 +145,13 @@ class Tape:
         name = name or f"{value.name}, cast"
         return self.operation(name, [value], value.numbers, width, share=value.share)
 
-    def multiply(self, name: str, left: Value, right: Value) -> Value:
+    def multiply(self, name: str, left: Value, right: Value, scratch: float = 0) -> Value:
         """An elementwise product: keeps each factor whose partner needs a gradient."""
         kept = [left] * right.grad + [right] * left.grad
         width, share = max(left.width, right.width), min(left.share, right.share)
-        return self.operation(name, [left, right], left.numbers, width, kept, share=share)
+        return self.operation(
+            name, [left, right], left.numbers, width, kept, scratch=scratch, share=share
+        )
 
     def add(self, name: str, left: Value, right: Value) -> Value:
         """A sum of two tensors: nothing is kept, and both get the gradient of the result as is."""

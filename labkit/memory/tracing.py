@@ -130,7 +130,7 @@ def trace(config: Mapping[str, Any] | str | Path, **options: Any) -> TraceEstima
     values = load_config(config)
     step = build_step(values, options)
     arch, chosen = step.arch, step.options
-    check_traceable(chosen)
+    check_traceable(arch, chosen)
     model = build_model(values, chosen, "meta")
     reference = build_reference(model, chosen)
     parameters, trainable = _count(model, chosen)

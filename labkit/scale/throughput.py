@@ -320,7 +320,7 @@ def step_time(
             f"tensor_parallel={tensor_parallel} x pipeline_parallel={pipeline_parallel} does not "
             f"divide {cluster.devices} devices: choose sizes that do"
         )
-    arch = read(load_config(config))
+    arch = read(load_config(config), options.get("experts"))
     replicas = cluster.devices // shared
     chosen = build_options(arch, {**options, "num_devices": replicas})
     check_fit(arch, chosen)
