@@ -502,6 +502,7 @@ def heat_map(
     ax: "Axes | None" = None,
     *,
     lowest: bool = False,
+    limits: "tuple[float, float] | None" = None,
 ) -> "Axes":
     """One number for each pair of settings, as a shade with the number written on it.
 
@@ -510,6 +511,8 @@ def heat_map(
             order in which they first come. A pair without a number stays blank.
         label: what the number is, with its unit.
         lowest: whether the title names the lowest number, as for a loss, and not the highest.
+        limits: numbers of the darkest and the lightest shade, so that several maps can share them;
+            None takes the lowest and the highest number. What lies outside is shaded as they are.
 
     Raises:
         ValueError: a column is missing, no pair has a number, or a pair stands there twice.
@@ -530,8 +533,9 @@ def heat_map(
         grid[down.index(b)][across.index(a)] = number
         parts.append(f"{approx(number)} at {x} {_name(a)}, {y} {_name(b)}")
     # From one dark to one light end, in the same order for every kind of colour vision.
-    image = ax.imshow(grid, cmap="cividis", aspect="auto")
-    middle = (min(df[value]) + max(df[value])) / 2
+    dark, light = limits or (min(df[value]), max(df[value]))
+    image = ax.imshow(grid, cmap="cividis", aspect="auto", vmin=dark, vmax=light)
+    middle = (dark + light) / 2
     decimals = 2 if max(map(abs, df[value])) < 10 else 1  # four figures do not fit into a field
     for row, numbers in enumerate(grid):
         for column, number in enumerate(numbers):
@@ -542,7 +546,9 @@ def heat_map(
     ax.set_yticks(range(len(down)), [_name(b) for b in down])
     ax.grid(visible=False)
     ax.set(xlabel=x, ylabel=y)
-    ax.figure.colorbar(image, ax=ax, label=label)
+    below, above = min(df[value]) < dark, max(df[value]) > light
+    beyond = "both" if below and above else "min" if below else "max" if above else "neither"
+    ax.figure.colorbar(image, ax=ax, label=label, extend=beyond)
     which, best = ("Lowest", df[value].min()) if lowest else ("Highest", df[value].max())
     at = df[df[value] == best].iloc[0]
     ax.set_title(f"{which}: {best:.2f} at {x} {_name(at[x])}, {y} {_name(at[y])}")

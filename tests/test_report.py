@@ -516,6 +516,23 @@ def test_heat_map_of_a_loss_names_the_lowest():
     plt.close(fig)
 
 
+def test_heat_maps_can_share_their_shades():
+    fig, ax = plt.subplots()
+    report.heat_map(HEAT, "rate", "tokens", "score", "points", ax, limits=(0.2, 0.4))
+    assert ax.images[0].get_clim() == (0.2, 0.4)
+    assert ax.images[0].colorbar.extend == "both"  # 0.12 lies below, 0.50 above
+    inks = {text.get_text(): text.get_color() for text in ax.texts}
+    assert inks == {"0.25": "white", "0.50": "black", "0.12": "white"}
+    plt.close(fig)
+
+
+def test_heat_map_of_large_numbers_writes_one_decimal():
+    fig, ax = plt.subplots()
+    report.heat_map(HEAT.assign(score=100 * HEAT["score"]), "rate", "tokens", "score", "points", ax)
+    assert sorted(text.get_text() for text in ax.texts) == ["12.5", "25.0", "50.0"]
+    plt.close(fig)
+
+
 def test_heat_map_says_what_is_wrong():
     with pytest.raises(ValueError, match="rate 0.01 with tokens 5 stands there twice"):
         report.heat_map(pd.concat([HEAT, HEAT[:1]]), "rate", "tokens", "score", "exact match")
