@@ -82,13 +82,21 @@ def test_fake_tensors_take_what_real_ones_take(method, again):
     assert pretended.modules == real.modules
 
 
-def test_a_measured_step_is_the_traced_one():
-    options = {**SMALL, "method": "lora", "device": "cpu", "gradient_checkpointing": False}
-    traced = memory.trace(config("qwen3"), **options)
-    measured = memory.measure(config("qwen3"), **options)
+@pytest.mark.parametrize(
+    ("family", "method", "rel"),
+    [
+        ("qwen3", "lora", 1e-4),
+        # Experts in fp32, as PEFT prepares them: torch's shapes of grouped products are for bf16.
+        ("mixtral", "qlora", 1e-3),
+    ],
+)
+def test_a_measured_step_is_the_traced_one(family, method, rel):
+    options = {**SMALL, "method": method, "device": "cpu", "gradient_checkpointing": False}
+    traced = memory.trace(config(family), **options)
+    measured = memory.measure(config(family), **options)
     assert measured["saved activations"].measured_bytes == traced.saved_activations_bytes
     for phase, n_bytes in traced.phases.items():
-        assert measured[f"peak: {phase}"].measured_bytes == pytest.approx(n_bytes, rel=1e-4)
+        assert measured[f"peak: {phase}"].measured_bytes == pytest.approx(n_bytes, rel=rel)
 
 
 def test_torchs_own_tracker_finds_the_same_peak():
@@ -194,16 +202,6 @@ def test_both_engines_agree_on_stacked_experts(family, options):
     assert closed.parameters == traced.parameters
     assert closed.trainable_parameters == traced.trainable_parameters
     assert closed.saved_activations_bytes == pytest.approx(traced.saved_activations_bytes, rel=0.02)
-
-
-def test_a_measured_step_of_stacked_experts_is_the_traced_one():
-    # Experts in fp32, as PEFT prepares them: torch's own shapes of grouped products are for bf16.
-    options = {**SMALL, "method": "qlora", "device": "cpu", "gradient_checkpointing": False}
-    traced = memory.trace(config("mixtral"), **options)
-    measured = memory.measure(config("mixtral"), **options)
-    assert measured["saved activations"].measured_bytes == traced.saved_activations_bytes
-    for phase, n_bytes in traced.phases.items():
-        assert measured[f"peak: {phase}"].measured_bytes == pytest.approx(n_bytes, rel=1e-3)
 
 
 @pytest.mark.parametrize("task", [memory.trace, memory.measure, compare])
