@@ -190,7 +190,7 @@ def expect(name: str, got: Any, want: Any, tol: float = 0) -> None:
     margin = f" ± {tol:g}" if tol else ""
     if sweeping() or _another_model():
         _keep("misses", name, {"got": _plain(got), "want": _plain(want), "tol": tol})
-        print(f"miss  {name}: expected of the bundled model {want!r}{margin}")
+        print(f"miss  {name}: the bundled model with profile cpu and seed 0 has {want!r}{margin}")
         return
     raise AssertionError(
         f"{name}: got {got!r}, want {want!r}{margin}. Restart the kernel and run every cell in "

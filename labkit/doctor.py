@@ -108,8 +108,15 @@ def check_gpu() -> tuple[str, ...]:
 
 
 def check_bf16() -> tuple[str, ...]:
+    """Whether what trains here, the CPU or a profile's GPU, is made for bf16."""
+    import torch
+
     from labkit.machine import bf16_speedup
 
+    if (os.environ.get("LABKIT_PROFILE") or "cpu") != "cpu" and torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "ok", "this GPU computes in bf16"
+        return "ok", "this GPU has no bf16, so notebooks train in fp32, slower"
     speedup = bf16_speedup()
     faster = "faster" if speedup > 1 else "slower"
     return "ok", f"bf16 on this CPU is {max(speedup, 1 / speedup):.1f} times {faster} than fp32"

@@ -607,7 +607,8 @@ def _losses(model, tokenizer, batch: list[Encoded]) -> list[float]:
     rows, columns = _answer_positions(batch, ids.device)
     logits = _logits(model, ids)[rows, columns - 1].float()
     each = cross_entropy(logits, ids[rows, columns], reduction="none")
-    return torch.zeros(len(batch), device=ids.device).index_add(0, rows, each).tolist()
+    # On a CPU, since a GPU adds in no fixed order: the same model would not have the same loss.
+    return torch.zeros(len(batch)).index_add(0, rows.cpu(), each.cpu()).tolist()
 
 
 # ---- scores ------------------------------------------------------------------------------------

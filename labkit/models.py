@@ -138,6 +138,8 @@ def pick_device() -> str:
 def pick_precision() -> str:
     """What a training step computes in here: on a CPU bf16 where that is faster, else fp32.
 
+    On a GPU it is the profile's, but fp32 where the GPU has no bf16 (before Ampere, such as a T4).
+
     Raises:
         LabkitError: LABKIT_PRECISION, which decides where it is set, is neither of the two.
     """
@@ -146,8 +148,11 @@ def pick_precision() -> str:
         if chosen not in ("bf16", "fp32"):
             raise LabkitError(f"LABKIT_PRECISION={chosen}: set it to bf16 or fp32, or not at all")
         return chosen
-    if pick_device() == "cpu":
+    device = pick_device()
+    if device == "cpu":
         return "bf16" if machine.bf16_speedup() > 1.3 else "fp32"
+    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp32"
     return current_profile().precision
 
 

@@ -5,6 +5,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+_OLDER_NAME = "`is_gradient_checkpointing` is deprecated"
+
 
 def drop_import_notices() -> None:
     """Hide what two libraries say when others import them, which must not have happened yet.
@@ -26,10 +28,21 @@ def drop_peft_notice() -> None:
     transformers: PEFT asks by an older name for a setting. PEFT: the rank that it set for stacked
     experts itself matched no module, which is true of a parameter, and the rank is used.
     """
-    message = "`is_gradient_checkpointing` is deprecated"
-    warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    warnings.filterwarnings("ignore", message=_OLDER_NAME, category=FutureWarning)
     message = r"The following (rank|alpha)_pattern keys did not match .*gate_up_proj"
     warnings.filterwarnings("ignore", message=message, category=RuntimeWarning)
+
+
+def drop_trainer_notices() -> None:
+    """Hide what trainers say where all is well.
+
+    TRL asks by an older name for a setting, as PEFT does. transformers: a checkpoint lacks the
+    output head of a model whose head is its embedding; checkpoints that were written within a
+    second of each other are told apart by their numbers.
+    """
+    warnings.filterwarnings("ignore", message=_OLDER_NAME, category=FutureWarning)
+    _drop("transformers.trainer", "missing keys in the checkpoint model loaded: ['lm_head.weight']")
+    _drop("transformers.trainer_utils", "mtime may not be reliable on this filesystem")
 
 
 @contextlib.contextmanager

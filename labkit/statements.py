@@ -960,6 +960,14 @@ _MEMORY = (
         within(0.99, 1.0),
     ),
     Claim(
+        "lora-steps-are-shorter",
+        "LoRA makes a step faster, by a tenth or more: it trains a hundredth of the numbers.",
+        "popular guides: LoRA trains faster",
+        "seconds of a step on an H200, LoRA over full fine-tuning: median of seven shapes, five of "
+        "them with 4,096 tokens",
+        at_most(0.9),
+    ),
+    Claim(
         "the-larger-card-is-the-faster",
         "Choose a GPU by memory first: the one with more memory is also the faster.",
         "popular guides: memory first when choosing a GPU",

@@ -15,6 +15,7 @@ from transformers import Trainer, set_seed
 from labkit.checkpoints import free_disk_or_raise, latest_checkpoint
 from labkit.curves import LiveCurve
 from labkit.machine import peak_memory, versions
+from labkit.quiet import drop_trainer_notices
 from labkit.stepplan import StepPlan, plan_steps
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "supervised_rows",
     "versions",
 ]
+
+drop_trainer_notices()
 
 
 def seed_everything(seed: int) -> None:

@@ -205,7 +205,7 @@ def test_a_sweep_records_a_miss_instead(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("LABKIT_RECORD", str(tmp_path / "seed-1.jsonl"))
     expect("final loss", math.nan, 0.9, tol=0.1)
     assert capsys.readouterr().out == (
-        "miss  final loss: expected of the bundled model 0.9 ± 0.1\n"
+        "miss  final loss: the bundled model with profile cpu and seed 0 has 0.9 ± 0.1\n"
     )
     expected = [{"name": "final loss", "got": None, "want": 0.9, "tol": 0.1}]
     assert read_record(tmp_path / "seed-1.jsonl").misses == expected

@@ -138,6 +138,19 @@ def test_doctor_knows_the_profiles_of_labkit(monkeypatch):
     assert finding("profile").detail == "LABKIT_PROFILE='huge' is unknown"
 
 
+def test_doctor_says_of_what_trains_whether_it_has_bf16(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setenv("LABKIT_PROFILE", "gpu-small")
+    assert finding("bf16").detail == "this GPU has no bf16, so notebooks train in fp32, slower"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert finding("bf16").detail == "this GPU computes in bf16"
+    monkeypatch.setenv("LABKIT_PROFILE", "cpu")  # then the CPU trains, whatever GPU there is
+    assert finding("bf16").detail.startswith("bf16 on this CPU is")
+
+
 def test_doctor_profile_that_does_not_fit(monkeypatch):
     import torch
 

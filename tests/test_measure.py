@@ -535,6 +535,62 @@ def test_the_bars_of_peaks_hold_on_every_committed_row():
     assert statistics.median(errors) <= 0.005 and max(errors) <= 0.03
 
 
+# The 66 cases of a GPU: formulas that were written from an A100's public rows, and from this
+# machine's CPU, on a card and with versions that they had not seen.
+H200 = suite.read_results(paths.root() / "data" / "memory" / "nvidia-h200.json")
+MIB = 2**20
+
+
+def h200(name):
+    """(row, bytes by which it was predicted too low at the peak)."""
+    row = H200.rows[name]
+    return row, row["measured"]["peak"] - row["predicted"]["peak"]
+
+
+def test_the_gpus_file_has_every_case_and_todays_predictions():
+    assert [*H200.rows] == [case.name for case in cases("cuda")]
+    for row in H200.rows.values():
+        assert suite.with_prediction(row) == row, f"{row['name']}: write its prediction anew"
+
+
+@pytest.mark.parametrize("row", H200.rows.values(), ids=H200.rows)
+def test_every_row_of_the_gpu_is_within_the_bars(row):
+    errors = row["errors"]
+    static = {name for name in STATIC if name in errors} | {"paged optimizer states"} & set(errors)
+    assert {name: errors[name] for name in static} == dict.fromkeys(static, 0)  # to the byte
+    assert abs(errors["saved activations"]) <= 0.001 and abs(errors["peak"]) <= 0.03
+    assert row["reserved_bytes"] >= row["measured"]["peak"] and row["seconds"] > 0
+    assert row["phase"] == row["predicted_phase"]
+
+
+def test_peaks_on_a_gpu_are_met_and_were_nearly_met_before_a_formula_was_changed():
+    errors = [abs(row["errors"]["peak"]) for row in H200.rows.values()]
+    assert statistics.median(errors) <= 0.001 and max(errors) <= 0.013
+    first = sorted(
+        abs(row["first_prediction"] / row["measured"]["peak"] - 1) for row in H200.rows.values()
+    )
+    assert statistics.median(first) == pytest.approx(0.0061, abs=1e-4)
+    assert first[-2] < 0.02 < 0.08 < first[-1]
+
+
+def test_where_nothing_is_rounded_a_7_b_model_is_met_to_a_few_kilobytes():
+    full = "Mistral-7B-v0.1, seq len 4096, sdpa, bf16, checkpointing, batch size 8"
+    for name in (full, "Meta-Llama-3-8B, full, batch size 2, seq len 2048"):
+        assert 0 <= h200(name)[1] <= 4096
+
+
+def test_what_the_allocator_rounds_is_what_is_missing():
+    """Each matrix of 43 MiB lies in a block of 44, since 1 MiB or less is never cut off."""
+    row, missing = h200("Qwen2.5-3B, lora, batch size 2, seq len 2048")
+    layers, wide, width = (
+        row["config"][key] for key in ("num_hidden_layers", "intermediate_size", "hidden_size")
+    )
+    assert 2 * wide * width == 43 * MIB
+    assert 3 * layers * MIB <= missing <= 1.03 * 3 * layers * MIB
+    row, missing = h200("Qwen2.5-3B, qlora, batch size 2, seq len 2048")  # no such block
+    assert missing <= 4 * MIB
+
+
 @pytest.mark.skipif(
     CPU.versions["torch"] != suite.versions()["torch"]
     or CPU.versions["transformers"] != transformers.__version__,

@@ -454,7 +454,9 @@ def test_precision_is_bf16_only_where_this_cpu_is_faster_in_it(monkeypatch):
     monkeypatch.setattr(models, "pick_device", lambda: "cpu")  # no GPU in it: still this CPU
     assert models.pick_precision() == "fp32"
     monkeypatch.setattr(models, "pick_device", lambda: "cuda")  # a GPU's is the profile's
-    assert models.pick_precision() == models.PROFILES["gpu-small"].precision == "bf16"
+    for has_bf16, wanted in ((True, models.PROFILES["gpu-small"].precision), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
+        assert models.pick_precision() == wanted
 
 
 def test_a_precision_can_be_chosen_by_hand(monkeypatch):

@@ -113,7 +113,7 @@ def test_the_reserve_refuses_no_public_run_that_ran():
 
 
 def test_the_reserve_by_hand():
-    assert reserve_bytes(40 * GIB) == 3.25 * GIB  # 2.25 and 2.5 %
+    assert reserve_bytes(100 * GIB) == round(4.65 * GIB)  # 2.75 and 1.9 %
     assert reserve_bytes(40 * GIB, "cpu") == GIB
 
 
@@ -463,10 +463,12 @@ def test_cards_that_fit_are_those_with_room_for_the_reserve():
     found = gpus_that_fit(MISTRAL, method="qlora", batch_size=4, seq_len=2048)
     peak = estimate(MISTRAL, method="qlora", batch_size=4, seq_len=2048).peak_allocated_bytes
     assert len(found) == len(GPUS)
+    usual = Options().cublas_workspace
     sizes = [one.gpu.memory_bytes for one in found]
     assert sizes == sorted(sizes)
     for one in found:
-        free = one.gpu.memory_bytes - reserve_bytes(one.gpu.memory_bytes) - peak
+        own = peak + 2 * (one.gpu.cublas_workspace - usual)
+        free = one.gpu.memory_bytes - reserve_bytes(one.gpu.memory_bytes) - own
         assert (one.free_bytes, one.fits) == (free, free >= 0)
     fitting = [one.gpu.name for one in found if one.fits]
     assert "RTX 3060 12GB" not in fitting and "RTX 4090" in fitting
@@ -492,7 +494,7 @@ TOO_LARGE = [
     (model("Qwen3-8B"), 48, {"dtype": "fp32", "seq_len": 1024}),
     (model("Llama-2-70b"), 24, {"seq_len": 4096, "batch_size": 4}),
     (model("Mixtral-8x7B-Instruct-v0.1"), 48, {"method": "lora", "gradient_checkpointing": False}),
-    (GPT2, 4, {"batch_size": 32, "attention": "eager", "gradient_checkpointing": False}),
+    (GPT2, 4.5, {"batch_size": 32, "attention": "eager", "gradient_checkpointing": False}),
     (MISTRAL, 24, {"zero_stage": 2, "num_devices": 2}),
 ]
 
@@ -565,8 +567,8 @@ def test_a_refusal_says_how_much_is_missing():
     assert error.short_bytes == error.estimate.peak_allocated_bytes - room
     lora = estimate(MISTRAL, method="lora", seq_len=2048, batch_size=4).peak_allocated_bytes
     assert str(error).startswith(
-        "one step peaks at 67.46 GiB (optimizer step), and 21.15 GiB of the device's 24.00 GiB may "
-        "hold tensors: 46.31 GiB too many. It would fit with: 1. LoRA instead of full "
+        "one step peaks at 67.46 GiB (optimizer step), and 20.79 GiB of the device's 24.00 GiB may "
+        "hold tensors: 46.67 GiB too many. It would fit with: 1. LoRA instead of full "
         f"(method='lora'): peaks at {size_text(lora)}, costs no time: about 8 % less (measured)"
     )
 
@@ -590,7 +592,7 @@ def test_where_nothing_helps_it_says_so():
         (lambda: largest_seq_len(MISTRAL, GIB, batch=2), "batch=2: no such option"),
         (lambda: require_fit({"model_type": "llama"}, GIB), "config has no 'hidden_size'"),
         (lambda: model("gpt5"), "model 'gpt5' is not among those known here: bundled, GPT-2"),
-        (lambda: rows("foo"), "group='foo' has no rows: use bar, held out, sharded"),
+        (lambda: rows("foo"), "group='foo' has no rows: use bar, held out, once held out, sharded"),
         (lambda: parse_size("24 QB"), "'24 QB' is no size: give one such as 24GiB or 80GB"),
         (lambda: parse_size("24"), "'24' would be bytes: give a unit, such as 24GiB"),
         (lambda: parse_size("1048575"), "'1048575' would be bytes: give a unit, such as 24GiB"),
@@ -656,11 +658,11 @@ def test_command_says_whether_it_fits_by_its_exit_code(mistral_file, capsys):
     batch = largest_batch(MISTRAL, GPUS["RTX 4090"].memory_bytes, method="qlora", seq_len=2048)
     assert f"largest batch: {batch}\n" in text
     assert "sharding over devices saves" in text or "sharding over devices needs" in text
-    assert "  RTX 3060 12GB   11.66 GiB  does not fit, 2.90 GiB too small" in text
+    assert "  RTX 3060 12GB   11.66 GiB  does not fit, 3.33 GiB too small" in text
     assert "train in fp16" in text
     refused = run(capsys, mistral_file, "--seq-len", "2048", "--memory", "24GiB", status=1)
     assert "does not fit: one training step peaks at 67.46 GiB (optimizer step); of 24" in refused
-    assert "2.85 GiB are kept free and 21.15 GiB may hold tensors" in refused
+    assert "3.21 GiB are kept free and 20.79 GiB may hold tensors" in refused
     assert "ways that would fit, cheapest first:\n  1. LoRA instead of full" in refused
     assert "largest batch: none, not even 1 row fits" in refused
     without = run(capsys, mistral_file, "--seq-len", "2048")

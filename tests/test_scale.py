@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -391,6 +392,20 @@ def test_scale_the_script_trains_an_adapter_as_well(tmp_path, capsys):
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert trained == 6 * 2 * (4 * 512 + 3 * 896)
     assert "step 2 of 2: loss" in capsys.readouterr().out
+
+
+def test_scale_ranks_wait_for_each_other_before_they_part(monkeypatch):
+    """A rank whose neighbour leaves while the two are connected is aborted, its work all done."""
+    from labkit.scale import finetune
+
+    called = []
+    accelerator = SimpleNamespace(
+        wait_for_everyone=lambda: called.append("wait"), end_training=lambda: called.append("part")
+    )
+    trained = SimpleNamespace(accelerator=accelerator)
+    monkeypatch.setattr(finetune, "train", lambda: called.append("train") or trained)
+    finetune.main()
+    assert called == ["train", "wait", "part"]
 
 
 def test_scale_going_on_from_nothing_is_refused(tmp_path):

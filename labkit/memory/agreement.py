@@ -14,8 +14,9 @@ from typing import Any
 from labkit.memory.architecture import Architecture, read
 from labkit.memory.closed_form import MemoryEstimate, build_options, estimate, load_config
 from labkit.memory.loss import FP32, predicted_tokens
-from labkit.memory.options import Options
-from labkit.memory.phases import LOSS, Step
+from labkit.memory.options import Options, needs_mask
+from labkit.memory.phases import LOSS, SUMMED, Step
+from labkit.memory.state import trained_width
 from labkit.memory.terms import total
 from labkit.memory.tracing import ModuleBytes, TraceEstimate, trace
 from labkit.memory.units import size_text
@@ -123,7 +124,7 @@ def _shifted_copy(
     return Reason(
         "a shifted copy of the logits lies in a block that is as large as the logits",
         copies * FP32 * tokens * arch.vocabulary,
-        "torch's CUDACachingAllocator cuts no large block where less than 1 MiB is left",
+        "torch's CUDACachingAllocator cuts no large block where 1 MiB or less is left",
     )
 
 
@@ -132,7 +133,7 @@ def _written_out_attention(
 ) -> Reason | None:
     """torch has no fused kernel for fp32 where heads share keys, and keeps the square of scores."""
     exact = options.dtype == "fp32" and not options.autocast and options.attention == "sdpa"
-    shared = arch.heads != arch.kv_heads and not options.padding and options.method != "prefix"
+    shared = arch.heads != arch.kv_heads and not needs_mask(arch, options)
     if not (exact and shared and options.device == "cuda"):
         return None
     given = {name: getattr(options, name) for name in Options.__dataclass_fields__}
@@ -164,10 +165,29 @@ def _tiles_without_triton(
     )
 
 
+def _sum_in_place(
+    values: Mapping[str, Any], arch: Architecture, options: Options, closed: MemoryEstimate
+) -> Reason | None:
+    """Under autocast torch sums a tied matrix's two gradients in place, unless a mode watches."""
+    step = Step(arch, options)
+    if not (step.sums_in_place and options.method == "full" and arch.tied):
+        return None
+    copy = trained_width(options) * arch.vocabulary * arch.hidden
+    summed = max(moment.bytes for moment in step.moments() if moment.what == SUMMED)
+    if summed + copy <= closed.peak_allocated_bytes:
+        return None
+    return Reason(
+        "the two gradients of the tied matrix are summed in place, and fake tensors never are",
+        closed.peak_allocated_bytes - summed - copy,
+        "torch's input_buffer.cpp, can_accumulate_inplace; measured on an H200",
+    )
+
+
 _REASONS: tuple[Callable[..., Reason | None], ...] = (
     _shifted_copy,
     _written_out_attention,
     _tiles_without_triton,
+    _sum_in_place,
 )
 
 

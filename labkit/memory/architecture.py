@@ -112,6 +112,8 @@ class Architecture:
     """Whether rotated and other parts of a head are joined again, which copies them (Phi)."""
     positions: int | None = None
     """Rows of a learned table of positions; None where positions are rotary."""
+    made_for: int | None = None
+    """Tokens of the longest row it was made for; None where the config does not say."""
     head_bias: bool = False
     experts: int = 0
     experts_per_token: int = 0
@@ -122,10 +124,24 @@ class Architecture:
     softcap_attention: bool = False
     window: int | None = None
     """Tokens that attention looks back in the layers that have a limit."""
+    full_every: int = 0
+    """Of so many layers the last one looks back without a limit; 0 where all have the window."""
+    listed_local: tuple[bool, ...] = ()
+    """Whether each layer has the window, where the config lists it."""
     dtype: str | None = None
     """Of the weights in the file, such as `bf16`; None where the config does not say."""
     uncounted: tuple[str, ...] = ()
     """What this reader saw and could not count, one sentence each."""
+
+    def local_layers(self, first: int = 0, last: int | None = None) -> int:
+        """How many of the layers from `first` to before `last`, all by default, have the window."""
+        last = self.layers if last is None else last
+        if not self.window or last <= first:
+            return 0
+        if self.listed_local:
+            return sum(self.listed_local[first:last])
+        every = self.full_every
+        return last - first - (last // every - first // every if every else 0)
 
     @property
     def q_width(self) -> int:
@@ -244,6 +260,12 @@ _ENCODERS = {
     "longformer", "mbart", "modernbert", "mpnet", "mt5", "pegasus", "roberta", "t5", "umt5",
     "whisper", "xlm-roberta",
 }  # fmt: skip
+_WINDOWS = {
+    "mistral": (4096, 0), "mixtral": (None, 0), "phi3": (None, 0), "gemma2": (4096, 2),
+    "gemma3_text": (4096, 6),
+}  # fmt: skip
+"""Families with local attention -> (window of a config without one, layers of which the last has
+none): as transformers' configuration classes have them."""
 _OUTER = ("tie_word_embeddings", "torch_dtype", "dtype")
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -253,7 +275,6 @@ class _Config:
 
     def __init__(self, values: Mapping[str, Any], model_type: str, stacked: bool = True) -> None:
         self.values, self.model_type, self.stacked = values, model_type, stacked
-        self.windowed = not model_type.startswith(("llama", "qwen"))
 
     def size(self, name: str, default: int | None = None) -> int:
         """A whole number from 1; None in the file is the default."""
@@ -289,6 +310,20 @@ class _Config:
             raise ValueError(f"config: {name}={shown(value)}: give a share from 0 to below 1")
         return float(value)
 
+    def local_attention(self) -> dict[str, Any]:
+        """The window of local attention, and which layers have it."""
+        if self.model_type not in _WINDOWS:  # Qwen writes one into its files and does not use it
+            return {}
+        usual, full_every = _WINDOWS[self.model_type]
+        window = self.optional("sliding_window") if "sliding_window" in self.values else usual
+        kinds = self.values.get("layer_types") if full_every else None
+        listed = kinds if isinstance(kinds, list) else []
+        return {
+            "window": window,
+            "full_every": full_every and self.size("sliding_window_pattern", full_every),
+            "listed_local": tuple(kind == "sliding_attention" for kind in listed),
+        }
+
     def common(self, tied: bool) -> dict[str, Any]:
         """Fields that every family reads alike; `tied` is the family's own default."""
         hidden, heads = self.size("hidden_size"), self.size("num_attention_heads")
@@ -304,8 +339,8 @@ class _Config:
             "tied": self.flag("tie_word_embeddings", tied),
             "activation": self.text("hidden_act", "silu"),
             "attention_dropout": self.share("attention_dropout"),
-            # Qwen writes a window into its files and does not use it.
-            "window": self.optional("sliding_window") if self.windowed else None,
+            "made_for": self.optional("max_position_embeddings"),
+            **self.local_attention(),
             "dtype": self.dtype(),
         }
 

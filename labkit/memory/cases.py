@@ -32,8 +32,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "small Mistral": {"model_type": "mistral", **_SMALL},
     "small Gemma 2": {"model_type": "gemma2", **_SMALL, "head_dim": 32},
     "small Phi-3": {"model_type": "phi3", **_SMALL, "pad_token_id": 0, **_ENDS},
+    "small Mistral with a window": {"model_type": "mistral", **_SMALL, "sliding_window": 64},
+    "small Gemma 3": {
+        "model_type": "gemma3_text", **_SMALL, "head_dim": 32, "num_hidden_layers": 7,
+        "sliding_window": 64,
+    },
 }  # fmt: skip
-"""Shapes for a CPU: real families, four layers, a width of 256."""
+"""Shapes for a CPU: real families, four layers, a width of 256. Gemma 3 has seven: each sixth is
+without a window."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,18 @@ def _on_cpu() -> Iterator[Case]:
     for group, changes in _CPU_CHANGES.items():
         for number, change in enumerate(changes):
             yield Case(group, "small Llama", _CPU, kept | change, quick=number == 0)
-    for model in ("small GPT-2 with dropout", "small Mistral", "small Gemma 2", "small Phi-3"):
+    for model in SMALL:
+        if model in ("small Llama", "small Qwen3", "small GPT-2"):  # all methods of them are above
+            continue
         for method in ("full", "lora"):
             yield Case("families", model, _CPU, kept | {"method": method})
+    two_kinds = {"method": "freeze", "gradient_checkpointing": False, "trainable_layers": 3}
+    yield Case("families", "small Gemma 3", _CPU, two_kinds)
+    yield Case("families", "small Gemma 2", _CPU, kept | {"gradient_checkpointing": True})
+    for again in (False, True):  # a tied matrix gets two gradients, which wait for each other
+        change = {"gradient_checkpointing": again, "accumulation_steps": 2}
+        yield Case("tied", "small Qwen3", _CPU, {"method": "full"} | change)
+    yield Case("tied", "small Qwen3", _CPU, kept | {"autocast": True})
 
 
 _CPU_CHANGES: dict[str, tuple[dict[str, Any], ...]] = {

@@ -148,6 +148,11 @@ def build_options(arch: Architecture, given: Mapping[str, Any]) -> Options:
     if options.is_4_bit and options.kbit_prepared and options.dtype != "fp32":
         # The fp32 results of prepared norms meet 16-bit heads: that computes under autocast only.
         options = replace(options, autocast=True)
+    if options.tables_per_layer and not (arch.rotary and arch.made_for):
+        raise ValueError(
+            "tables_per_layer=True: this config names no max_position_embeddings, or its positions "
+            "are not rotary: leave it out"
+        )
     if options.lora_dropout and any(matrix.bare for matrix in adapted_matrices(arch, options)):
         options = replace(options, lora_dropout=0.0)  # peft.tuners.lora.ParamWrapper takes no other
     return options

@@ -144,6 +144,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         choices=choices.EXPERTS,
         help="of a mixture: in one parameter, as transformers 5, or in linear layers (stacked)",
     )
+    switch("tables_per_layer", "tables of all positions in each layer, as in early 2024")
     switch("precompute_reference", "DPO without its reference model in memory")
     number("num_devices", "that share the work")
     parser.add_argument(
@@ -152,6 +153,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     choice("sharding", choices.SHARDING)
     choice("offload", choices.OFFLOAD)
     choice("device", choices.DEVICES)
+    number("cublas_workspace", "bytes cuBLAS works in, for each thread; 33,554,432 from Hopper on")
 
 
 def _flag(name: str) -> str:

@@ -103,6 +103,7 @@ def _scores(arch: Architecture, options: Options) -> float:
 
     Kernels that know the mask is causal skip the half that it hides.
     """
-    keys = min(options.keys, arch.window or options.keys)
+    local = arch.local_layers() / arch.layers
+    keys = local * min(options.keys, arch.window or 0) + (1 - local) * options.keys
     seen = keys if options.attention == "eager" else keys / 2
     return 2 * 2 * seen * arch.q_width

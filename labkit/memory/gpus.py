@@ -22,18 +22,30 @@ from types import MappingProxyType
 GIB, MIB = 2**30, 2**20
 GB, TERA = 10**9, 10**12
 
-RESERVE_BYTES, RESERVE_SHARE = round(2.25 * GIB), 0.025
-"""What an estimate of allocated bytes does not see, kept free by default: 2.25 GiB and 2.5 % of the
-device, for the CUDA context (0.13 to 1.8 GiB in public messages, NCCL's buffers included), cached
-blocks that do not fit the next tensor, and what else shows on the card.
+RESERVE_BYTES, RESERVE_SHARE = round(2.75 * GIB), 0.019
+"""What an estimate of allocated bytes does not see, kept free by default: 2.75 GiB and 1.9 % of the
+device, for the CUDA context (0.67 to 0.75 GiB in the limits of data/memory/limits.json, 0.13 to
+1.8 GiB in public messages, NCCL's buffers included), cached blocks that do not fit the next tensor,
+and what else shows on the card.
 
-It is a margin, not a measurement: in every one of the 18 public out-of-memory messages of
+Cached blocks are most of it. Under torch's default allocator a run failed whose tensors were
+2.3 GiB less than the 22.9 GiB that the allocator was allowed; under expandable segments none failed
+that was more than 0.1 GiB below. In each of those 12 limits all rows that are planned with this
+reserve ran; with 2.25 GiB and 2.5 %, the reserve before they were measured, two would have failed.
+
+It stays a margin. In every one of the 18 public out-of-memory messages of
 data/memory/out_of_memory.json it exceeds what was left, so none of those runs would have been
 called one that fits. The largest public run is within it, too: 80.3 GB allocated on an A100 80GB.
 """
 CPU_RESERVE_BYTES = GIB
 """On a CPU: what a process takes before its first tensor. torch, transformers, trl and peft take
 0.54 GB here; a notebook's kernel 0.7 GB."""
+
+
+BEFORE_HOPPER, FROM_HOPPER, ROCM, MI300 = 8_519_680, 2**25, 2**25, 2**27
+"""Bytes of cuBLAS's workspace, one for each thread that multiplies, in torch's CUDABlas
+(parseChosenWorkspaceSize). The first two were measured, on an A100 and an H200; Blackwell's cards
+have the second in newer versions of torch, AMD's the others."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,9 @@ class Gpu:
     """Of FLOP/s and bandwidths."""
     unchecked: tuple[str, ...] = ()
     """Fields for which no data sheet could be read."""
+
+    cublas_workspace: int = BEFORE_HOPPER
+    """Bytes that torch lets each thread that multiplies keep to work in."""
 
     def to_json(self) -> dict:
         return vars(self)
@@ -91,10 +106,12 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
                 "165.6 TFLOP/s were measured; 384 bit at 21 Gbit/s"),
             Gpu("RX 7900 XTX", 24553 * MIB, 122.8 * TERA, 960 * GB, "PCIe 4 x16", _PCIE4, True,
                 f"{_TORCH}, 24,560 MiB; {_MESSAGE}, 23.98 GiB",
-                "AMD: 61.4 TFLOP/s in fp32, twice that in 16 bits; 960 GB/s"),
+                "AMD: 61.4 TFLOP/s in fp32, twice that in 16 bits; 960 GB/s",
+                cublas_workspace=ROCM),
             Gpu("RTX 5090", 32112 * MIB, 209.5 * TERA, 1792 * GB, "PCIe 5 x16", _PCIE5, True,
                 f"{_MESSAGE}, 31.36 to 31.47 GiB",
-                "838 TFLOP/s sparse with fp16 sums, a quarter of it dense with fp32 sums"),
+                "838 TFLOP/s sparse with fp16 sums, a quarter of it dense with fp32 sums",
+                cublas_workspace=FROM_HOPPER),
             Gpu("V100 32GB", 32501 * MIB, 125 * TERA, 900 * GB, "NVLink 2", 150 * GB, False,
                 f"{_MESSAGE}, 31.74 to 31.75 GiB", _SHEET),
             Gpu("A100 40GB", 40326 * MIB, 312 * TERA, 1555 * GB, "NVLink 3", 300 * GB, True,
@@ -109,14 +126,18 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
             Gpu("A100 80GB", 81029 * MIB, 312 * TERA, 2039 * GB, "NVLink 3", 300 * GB, True,
                 f"{_MESSAGE}, 79.13 to 79.35 GiB", _SHEET),
             Gpu("H100 80GB", 80998 * MIB, 989 * TERA, 3350 * GB, "NVLink 4", 450 * GB, True,
-                f"{_TORCH}, 81,008 to 81,090 MiB; {_MESSAGE}, 79.10 GiB", _SHEET),
+                f"{_TORCH}, 81,008 to 81,090 MiB; {_MESSAGE}, 79.10 GiB", _SHEET,
+                cublas_workspace=FROM_HOPPER),
             Gpu("H200", 143063 * MIB, 989 * TERA, 4800 * GB, "NVLink 4", 450 * GB, True,
-                f"{_TORCH}, 143,156 MiB; {_MESSAGE}, 139.72 to 139.81 GiB", _SHEET),
+                f"{_TORCH}, 143,156 MiB; {_MESSAGE}, 139.72 to 139.81 GiB", _SHEET,
+                cublas_workspace=FROM_HOPPER),
             Gpu("B200", 182620 * MIB, 2250 * TERA, 8000 * GB, "NVLink 5", 900 * GB, True,
                 f"{_TORCH}, 182,631 to 182,642 MiB; {_MESSAGE}, 178.35 GiB", _SHEET,
-                ("link_bandwidth",)),
+                ("link_bandwidth",),
+                cublas_workspace=FROM_HOPPER),
             Gpu("MI300X", 196592 * MIB, 1307 * TERA, 5300 * GB, "Infinity Fabric", 448 * GB, True,
-                f"{_TORCH}, 196,592 MiB", "AMD's data sheet", ("link_bandwidth",)),
+                f"{_TORCH}, 196,592 MiB", "AMD's data sheet", ("link_bandwidth",),
+                cublas_workspace=MI300),
         )
     }
 )  # fmt: skip

@@ -15,9 +15,9 @@ from typing import Any
 from labkit.memory.architecture import LARGEST, Architecture, read, shown
 from labkit.memory.closed_form import build_options, load_config
 from labkit.memory.options import DTYPES, Options, adapted_matrices, require_one_device
-from labkit.memory.phases import WORKSPACE
 from labkit.memory.state import (
     FP32,
+    buffer_terms,
     nf4_bytes,
     norm_width,
     numbers,
@@ -26,7 +26,7 @@ from labkit.memory.state import (
 )
 from labkit.memory.terms import DERIVED, MEASURED, UNVERIFIED, Term, term, total
 
-MERGING = ("method", "dtype", "device")
+MERGING = ("method", "dtype", "device", "cublas_workspace", "tables_per_layer")
 GENERATING = (*MERGING, "batch_size", "seq_len", "attention")
 OF_METHOD = {
     "lora": ("lora_rank", "target_modules"),
@@ -243,12 +243,13 @@ def _refuse_idle(
 
 
 def _held(arch: Architecture, options: Options) -> list[Term]:
-    held = weight_terms(arch, options)
+    held = [*weight_terms(arch, options), *buffer_terms(arch, options)]
     if options.is_peft:
         adapters = numbers(trained_parameters(arch, options))
         if options.method in ("prompt", "p-tuning"):  # the encoder is dropped after training
             adapters = options.num_virtual_tokens * arch.hidden
         held += term("adapter", FP32 * adapters, f"4 B x {adapters:,}", "PEFT", MEASURED)
     if options.device == "cuda":
-        held += term("cuBLAS workspace", WORKSPACE // 2, "8,519,680 B", "torch CUDABlas", DERIVED)
+        kept = options.cublas_workspace
+        held += term("cuBLAS workspace", kept, f"{kept:,} B", "torch CUDABlas", DERIVED)
     return held

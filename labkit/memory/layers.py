@@ -34,7 +34,7 @@ class Work:
     quantized: bool = False
     attention: str = "sdpa"
     masked: bool = False
-    """Whether sdpa gets a mask: rows are padded, or a prefix comes before them."""
+    """Whether sdpa gets a mask: see `labkit.memory.options.needs_mask`."""
     rank: int = 0
     """Of the adapter of a linear layer."""
     adapter: int = FP32
@@ -107,7 +107,7 @@ def final_norm(arch: Architecture, work: Work, trained: bool, width: int, grad: 
     if trained:
         kept = layer.tape.cast(out, work.compute)
         layer.tape.operation("output head", [kept], 0, work.compute, kept=[kept])
-    if work.autocast and work.weights == FP32 and out.grad:
+    if work.autocast and work.tables == FP32 and out.grad:
         copy = layer.tape.source("bf16 copy of the head", head.weights, work.compute, grad=False)
         layer.tape.operation("output head's copy", [out], 0, work.compute, kept=[copy])
     return layer.tape

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from labkit.memory.architecture import Architecture
-from labkit.memory.options import DTYPES, Options
+from labkit.memory.options import DTYPES, Options, window_ends_in_row
 from labkit.memory.sharding import host_bytes
 from labkit.memory.state import numbers, trained_parameters, trained_width
 
@@ -72,7 +72,9 @@ def _kernel_attention(arch: Architecture, options: Options) -> list[Change]:
         if sixteen_bit and options.device == "cuda":
             return [{"attention": "flash_attention_2"}]
         return [] if arch.softcap_attention else [{"attention": "sdpa"}]
-    masked = options.attention == "sdpa" and options.padding
+    # Not a prefix: it trains without checkpointing and with short rows, where a mask is small.
+    limited = options.padding or window_ends_in_row(arch, options)
+    masked = options.attention == "sdpa" and limited
     if masked and sixteen_bit and options.device == "cuda":
         return [{"attention": "flash_attention_2"}]
     return []

@@ -30,7 +30,7 @@ def predicted_tokens(arch: Architecture, options: Options) -> int:
     """Tokens of the log-softmax: where logits are shifted, none for the last of a row.
 
     On a GPU that seldom shows. CUDA's allocator gives a shifted copy a block as large as the
-    logits', and does not cut a large block where less than 1 MiB would be left.
+    logits', and does not cut a large block where 1 MiB or less would be left.
     """
     if options.loss_path not in ("shifted", "upcast"):
         return options.tokens

@@ -1,10 +1,12 @@
 """A real training step on this machine, measured, and what `estimate` says beside it.
 
 The step is run twice: the first time what autograd keeps is counted, and the optimizer makes its
-states; the second time, which is like every later one, the peak of each phase is taken.
+states; the second time, which is like every later one, the peak of each phase is taken. On a GPU
+it runs a few times more, for its time.
 """
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from labkit import machine
 from labkit.errors import LabkitError
+from labkit.memory import gpus
 from labkit.memory.architecture import Architecture, read
 from labkit.memory.build import (
     Batch,
@@ -51,6 +54,7 @@ from labkit.memory.watch import (
 from labkit.weights import model_tensors, quantization_tensors
 
 Say = Callable[[str], None]
+TIMED_STEPS, TIMED_SECONDS = 5, 1.5
 __all__ = ["Compared", "Measurement", "StepBytes", "measure", "step_bytes"]
 
 RSS_SAYS_LITTLE = (
@@ -104,7 +108,8 @@ class Measurement:
     process_bytes: int
     """Most resident memory of this process so far."""
     seconds: float
-    """Of the second step."""
+    """Of one step: on a GPU the median of those that nobody watches; on a CPU of the second step,
+    in which every tensor is counted."""
     notes: tuple[str, ...]
 
     def __getitem__(self, name: str) -> Compared:
@@ -153,7 +158,8 @@ def measure(
     """
     values = load_config(config)
     arch = read(values, options.get("experts"))
-    given = {"device": "cuda" if torch.cuda.is_available() else "cpu", **options}
+    device = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    given = {**device_options(device), **options}
     chosen = build_options(arch, given)
     check_trainable(arch, chosen, chosen.device)
     if chosen.device == "cuda" and not torch.cuda.is_available():
@@ -162,6 +168,19 @@ def measure(
     predicted = require_fit(values, free_bytes(chosen.device), **given)
     expected = expected_bytes(Step(arch, chosen), predicted)
     return Run(config, arch, chosen).measurement(expected, predicted.phase, say)
+
+
+def device_options(device: str) -> dict[str, Any]:
+    """Options that the device decides: `device`, and on a GPU how much its products work in."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return {"device": device}
+    gpu = torch.cuda.get_device_properties(0)
+    if torch.version.hip:
+        large = gpu.gcnArchName.startswith(("gfx94", "gfx95"))
+        kept = gpus.MI300 if large else gpus.ROCM
+    else:
+        kept = gpus.FROM_HOPPER if gpu.major >= 9 else gpus.BEFORE_HOPPER
+    return {"device": device, "cublas_workspace": kept}
 
 
 def free_bytes(device: str) -> int:
@@ -194,8 +213,8 @@ class Run:
         self, config: Mapping[str, Any] | str | Path, arch: Architecture, options: Options
     ) -> None:
         self.arch, self.options = arch, options
-        self.others = clean_gpu()
-        """Bytes on the GPU that this run has nothing to do with."""
+        self.others = clean_gpu() if options.device == "cuda" else 0
+        """Bytes on its device that this run has nothing to do with."""
         self.model = build_model(config, options, options.device)
         self.reference = build_reference(self.model, options)
         self.optimizer = build_optimizer(self.model, options)
@@ -249,6 +268,25 @@ class Run:
                 torch.cuda.synchronize()
         return watch, gradients, time.perf_counter() - start
 
+    def step(self) -> None:
+        """One whole step that nobody watches; gradients are gone after it, as in a trainer."""
+        for _ in range(self.options.accumulation_steps):
+            self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seconds_of_a_step(self) -> float:
+        """Median over steps on a GPU: `TIMED_STEPS`, or as many as begin in `TIMED_SECONDS`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds: list[float] = []
+        while len(seconds) < TIMED_STEPS and sum(seconds) < TIMED_SECONDS:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.step()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+
     def measurement(self, expected: dict[str, int], predicted_phase: str, say: Say) -> Measurement:
         on_gpu = self.options.device == "cuda"
         if on_gpu:  # what building the model left in the allocator is no part of a step
@@ -269,6 +307,9 @@ class Run:
             "peak": peak,
         }
         free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
+        if on_gpu:
+            say("more steps: how long one takes")
+            seconds = self.seconds_of_a_step()
         return Measurement(
             device=self.options.device,
             options=self.options,

@@ -58,6 +58,9 @@ class Options:
     experts: str = EXPERTS[0]
     """How a mixture of experts lays them out: `stacked` in two parameters, as transformers 5, or
     `separate`, each in linear layers of its own, as transformers 4. No other model has any."""
+    tables_per_layer: bool = False
+    """Whether each layer keeps cosines and sines of all positions that the model was made for, as
+    those of transformers of early 2024 did; today all layers share those of a row."""
     precompute_reference: bool = False
     """Whether DPO's reference log-probabilities were computed before training."""
     num_devices: int = 1
@@ -66,6 +69,9 @@ class Options:
     sharding: str = "none"
     offload: str = "none"
     device: str = "cuda"
+    cublas_workspace: int = 8_519_680
+    """Bytes that cuBLAS keeps to work in for each thread that multiplies: 33,554,432 from Hopper
+    on; see `labkit.memory.gpus`."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -143,6 +149,11 @@ class Options:
         return self.method in ("lora", "qlora")
 
     @property
+    def masks_all_layers(self) -> bool:
+        """Whether there is more to hide than what comes later, whatever the layer."""
+        return self.padding or self.method == "prefix"
+
+    @property
     def rows(self) -> int:
         """Rows of one forward pass: DPO runs the chosen and the rejected answers together."""
         return self.batch_size * (2 if self.objective == "dpo" else 1)
@@ -177,12 +188,26 @@ _CHOICES: dict[str, Sequence] = {
 }
 _COUNTS = (
     "lora_rank", "num_virtual_tokens", "trainable_layers", "batch_size", "seq_len",
-    "accumulation_steps", "num_devices", "encoder_hidden_size",
+    "accumulation_steps", "num_devices", "encoder_hidden_size", "cublas_workspace",
 )  # fmt: skip
 _SWITCHES = (
     "autocast", "foreach", "fused", "padding", "gradient_checkpointing", "reentrant",
-    "double_quant", "kbit_prepared", "precompute_reference",
+    "double_quant", "kbit_prepared", "precompute_reference", "tables_per_layer",
 )  # fmt: skip
+
+
+def window_ends_in_row(arch: Architecture, options: Options) -> bool:
+    """Whether local attention sees less than a whole row in some layer."""
+    return bool(arch.window and arch.window <= options.keys and arch.local_layers())
+
+
+def needs_mask(arch: Architecture, options: Options) -> bool:
+    """Whether sdpa gets a mask, and so a kernel that wants keys and values for each head.
+
+    Rows are padded, a prefix comes before them, or a window ends inside them: everything else that
+    is causal needs none (transformers.masking_utils).
+    """
+    return options.masks_all_layers or window_ends_in_row(arch, options)
 
 
 def adapted_matrices(arch: Architecture, options: Options) -> tuple[Matrix, ...]:
@@ -259,6 +284,11 @@ def check_fit(arch: Architecture, options: Options) -> None:
 
 def check_one_step(arch: Architecture, options: Options) -> None:
     """Raise ValueError for options that no step on one device can follow, whichever it is."""
+    if options.tables_per_layer:
+        raise ValueError(
+            "tables_per_layer=True: the installed transformers shares them, and no other step can "
+            "be run: leave it out, or ask `estimate`, which counts both"
+        )
     if arch.experts and options.experts == "separate":
         raise ValueError(
             "experts='separate': the installed transformers stacks them, and no other step can be "

@@ -7,16 +7,17 @@ A peak is a maximum over moments, not a sum of everything that ever lives:
 - `optimizer step`: weights, all gradients, all states, and what the step works with.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from labkit.memory import loss, sharding
 from labkit.memory.architecture import Architecture
 from labkit.memory.layers import Trained, Work, decoder_layer, final_norm
-from labkit.memory.options import DTYPES, Options, adapted_matrices
+from labkit.memory.options import DTYPES, Options, adapted_matrices, needs_mask
 from labkit.memory.state import (
     FP32,
     STATE_FORMULAS,
+    buffer_terms,
     gradient_bytes,
     head_width,
     norm_width,
@@ -42,9 +43,8 @@ from labkit.memory.terms import (
     total,
 )
 
-WORKSPACE = 2 * (4096 * 2 + 16 * 8) * 1024
-"""Bytes of cuBLAS's workspaces, two of :4096:2:16:8 KiB: one for the thread of the forward pass,
-one for autograd's. torch takes 32 MiB each on Hopper."""
+MULTIPLYING_THREADS = 2
+"""That of the forward pass and autograd's: each has a workspace of cuBLAS."""
 COUNTED = (
     "gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "mixtral", "phi", "phi3",
     "qwen2", "qwen3", "qwen3_moe",
@@ -52,6 +52,7 @@ COUNTED = (
 """Families whose saved tensors were counted on real models, small ones, in the tests."""
 EMBEDDED = "embedded words"
 TRL_DPO = "trl.trainer.dpo_trainer.DPOTrainer._compute_loss"
+SUMMED = "the two gradients of the tied embedding are summed"
 LOSS, LAYER, STEP = "loss", "layer backward", "optimizer step"
 
 
@@ -79,6 +80,7 @@ class Step:
         self.n_trained = numbers(self.trained)
         self.shares = sharding.shares(options)
         self.work = self._work()
+        """Of a layer with a window, where some have one."""
         self.flowing = options.trainable_layers if options.method == "freeze" else arch.layers
         """Decoder layers that a gradient goes through; the rest keep nothing."""
 
@@ -98,7 +100,7 @@ class Step:
             autocast=options.autocast,
             quantized=options.is_4_bit,
             attention=options.attention,
-            masked=options.padding or options.method == "prefix",
+            masked=needs_mask(self.arch, options),
             rank=options.lora_rank,
             adapter=trained_width(options),
             adapter_dropout=options.lora_dropout,
@@ -129,13 +131,20 @@ class Step:
     def logits_width(self) -> int:
         return self.work.compute if self.options.autocast else head_width(self.options)
 
-    def _tape(self, first: bool) -> Tape:
+    def _tape(self, first: bool, local: bool = True) -> Tape:
+        """One decoder layer.
+
+        Args:
+            first: it is the lowest that a gradient goes through.
+            local: its attention has the window, where some layers have one.
+        """
         options = self.options
         inner = not first or self.embedding_has_gradient
         names = {id(matrix) for matrix in self.adapted}
+        masked = self.work.masked if local else options.masks_all_layers
         return decoder_layer(
             self.arch,
-            self.work,
+            replace(self.work, masked=masked),
             Trained(not options.is_peft, lambda matrix: id(matrix) in names),
             self.first_width if first else self.stream_width,
             inner,
@@ -152,13 +161,40 @@ class Step:
         options = self.options
         return options.gradient_checkpointing or options.method in ("full", "prompt", "p-tuning")
 
+    @property
+    def lowest(self) -> int:
+        """Place of the first layer that a gradient goes through."""
+        return self.arch.layers - self.flowing
+
     @cached_property
     def first_layer(self) -> Tape:
-        return self._tape(first=True)
+        return self._tape(True, local=self.arch.local_layers(self.lowest, self.lowest + 1) > 0)
+
+    @cached_property
+    def local_layer(self) -> Tape:
+        """A later layer with a window."""
+        return self._tape(False)
+
+    @cached_property
+    def unlimited_layer(self) -> Tape:
+        """A later layer without one."""
+        return self._tape(False, local=False)
 
     @cached_property
     def later_layer(self) -> Tape:
-        return self._tape(first=False) if self.flowing > 1 else self.first_layer
+        """The costliest of the layers above the first one: it may be the last."""
+        if self.flowing == 1:
+            return self.first_layer
+        some = self.arch.local_layers(self.lowest + 1) > 0
+        return self.local_layer if some else self.unlimited_layer
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a gradient is added to an earlier pass's as soon as it is made, and goes.
+
+        FSDP reduces a whole unit's first, which live until then.
+        """
+        return self.options.accumulation_steps > 1 and self.options.sharding != "fsdp"
 
     @cached_property
     def last_norm(self) -> Tape:
@@ -173,14 +209,18 @@ class Step:
         through; the other kind begins when backward first needs a tensor of the layer, and ends
         with the last one that it needs.
         """
-        if not self.options.gradient_checkpointing:
-            return tape.backward()
-        stream = self.options.tokens * self.arch.hidden * self.stream_width
-        if self.options.reentrant:
-            passes = tape.forward(stream), tape.backward(stream)
+        options, accumulates = self.options, self.accumulates
+        if not options.gradient_checkpointing:
+            return tape.backward(accumulates=accumulates)
+        stream = options.tokens * self.arch.hidden * self.stream_width
+        if options.reentrant:
+            passes = tape.forward(stream), tape.backward(stream, accumulates)
         else:
             waiting = tape.gradients_before_need()
-            passes = tape.forward(waiting, needed_only=True), tape.backward()
+            passes = (
+                tape.forward(waiting, needed_only=True),
+                tape.backward(accumulates=accumulates),
+            )
         return max(passes, key=lambda climb: climb.peak_bytes)
 
     # ---- what is there all the time
@@ -195,6 +235,7 @@ class Step:
             share = self.shares.weights if split else 1.0
             note = self.shares.note if share != 1 else ""
             held += term(one.name, one.bytes * share, one.formula + note, one.source, one.status)
+        held += buffer_terms(arch, options)
         for one in reference_terms(arch, options):
             share = self.shares.weights
             held += term(one.name, one.bytes * share, one.formula, one.source, one.status)
@@ -209,9 +250,9 @@ class Step:
         if options.device == "cuda":
             held += term(
                 "cuBLAS workspace",
-                WORKSPACE,
-                "2 x 8,519,680 B; 2 x 32 MiB on Hopper",
-                f"torch CUDABlas getChosenWorkspaceSize; {PUBLIC_ROWS}",
+                MULTIPLYING_THREADS * options.cublas_workspace,
+                f"2 x {options.cublas_workspace:,} B",
+                f"torch CUDABlas parseChosenWorkspaceSize; {PUBLIC_ROWS}",
                 MEASURED,
             )
         if options.accumulation_steps > 1:
@@ -258,6 +299,34 @@ class Step:
             return []
         return self.gradient_terms(part, note)
 
+    @property
+    def sums_in_place(self) -> bool:
+        """Whether the sum of a tied matrix's two gradients takes the room of the first.
+
+        What autocast casts back to fp32 belongs to nobody else, and torch adds to it. Where a mode
+        watches, as in the trace and on a CPU here, it makes a new one (can_accumulate_inplace).
+        """
+        options = self.options
+        cast = options.autocast and trained_width(options) == FP32
+        return cast and options.device == "cuda"
+
+    def _tied_head_waits(self) -> list[Term]:
+        """A tied matrix gets a gradient from the head and one from the embedding.
+
+        Their sum is added to what earlier passes left when both are known: until then the head's
+        waits beside it. In the first pass it is counted as the gradient itself.
+        """
+        options, arch = self.options, self.arch
+        if not (self.accumulates and options.method == "full" and arch.tied):
+            return []
+        width = trained_width(options)
+        return term(
+            "gradient of the tied head, until the embedding's comes",
+            width * arch.vocabulary * arch.hidden,
+            f"{width} B x V x h",
+            AUTOGRAD,
+        )
+
     @cached_property
     def _communication(self) -> list[Term]:
         return sharding.communication_terms(self.arch, self.options, self.n_trained)
@@ -280,10 +349,13 @@ class Step:
         # A layer that is computed again gets the mask anew; else nothing holds it after forward.
         if options.gradient_checkpointing and (options.attention == "eager" or masked):
             width = 1 if masked else self.first_width
+            two_kinds = 0 < arch.local_layers() < arch.layers
+            every_kind = options.attention == "eager" or options.masks_all_layers
+            masks = 2 if two_kinds and every_kind else 1
             found += term(
                 "attention mask",
-                options.rows * options.queries * options.keys * width,
-                f"{width} B x rows x queries x keys",
+                masks * options.rows * options.queries * options.keys * width,
+                ("2 x " if masks == 2 else "") + f"{width} B x rows x queries x keys",
                 "transformers.masking_utils",
             )
         if options.method == "p-tuning":
@@ -339,7 +411,11 @@ class Step:
         """Everything the layers keep for backward, without checkpointing."""
         groups: dict[str, float] = {}
         later = self.flowing - 1 - without_last
-        for tape, times in ((self.first_layer, 1), (self.later_layer, later)):
+        local = self.arch.local_layers(self.lowest + 1, self.lowest + 1 + later)
+        tapes = [(self.first_layer, 1)]
+        tapes += [(self.local_layer, local)] * (local > 0)
+        tapes += [(self.unlimited_layer, later - local)] * (later > local)
+        for tape, times in tapes:
             for group, n_bytes in tape.kept_by_group().items():
                 groups[group] = groups.get(group, 0) + n_bytes * times
         return self._kept_terms(groups, f"{1 + later} layers")
@@ -572,6 +648,7 @@ class Step:
             left,
             self._layer_terms(climb),
             self._gradients_so_far(self._parts[0], "of the output end so far"),
+            self._tied_head_waits(),
             self._waiting_in_root(embedding=False),
             self._gathered(in_layer=True),
             self._communication,
@@ -602,6 +679,7 @@ class Step:
             self._gradients_so_far(
                 top + each * (self.flowing - 1), "of all layers but the first so far"
             ),
+            self._tied_head_waits(),
             self._waiting_in_root(embedding=False),
             self._gathered(in_layer=True),
             self._communication,
@@ -630,18 +708,22 @@ class Step:
 
     def _embedding(self) -> list[Moment]:
         """The embedding's gradient is dense. Where it is the head's too, their sum is a third."""
-        if self.options.method != "full":
+        arch, options = self.arch, self.options
+        if options.method != "full":
             return []
-        arch = self.arch
-        again = arch.vocabulary * arch.hidden * trained_width(self.options) * arch.tied
+        of_embedding = arch.vocabulary * arch.hidden * trained_width(options)
+        again = of_embedding * arch.tied
         reaching = term(
             "gradient of the first layer's input",
-            self.options.tokens * arch.hidden * self.first_width,
+            options.tokens * arch.hidden * self.first_width,
             "T x h",
             AUTOGRAD,
         )
         second = term("second gradient of the tied embedding", again, "w B x V x h", AUTOGRAD)
-        both = term("second gradient and the sum", 2 * again, "2 x w B x V x h", AUTOGRAD)
+        if self.accumulates and not arch.tied:
+            second = term("gradient of the embedding", of_embedding, "w B x V x h", AUTOGRAD)
+        sums = 1 if self.sums_in_place else 2
+        both = term("second gradient and the sum", sums * again, f"{sums} x w B x V x h", AUTOGRAD)
         waiting = self._waiting_in_root(embedding=True)
         layers = self._parts[1] * arch.layers
         return [
@@ -649,6 +731,7 @@ class Step:
                 LAYER,
                 what,
                 self._gradients_so_far(*((layers, "of all layers") if waiting else (1.0, "all"))),
+                self._tied_head_waits(),
                 waiting,
                 parts,
                 self._gathered(in_layer=False),
@@ -656,7 +739,7 @@ class Step:
             )
             for what, parts in (
                 ("backward through the embedding", second + reaching),
-                ("the two gradients of the tied embedding are summed", both),
+                (SUMMED, both),
                 ("FSDP's root unit copies its gradients to divide them", sharding.copied(waiting)),
             )
             if parts

@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--gpu {gpu!r} with --device cpu: a card's memory is not the CPU's: leave one "
                 "out, or give --memory"
             )
-        memory = gpus.find(gpu).memory_bytes
+        card = gpus.find(gpu)
+        memory = card.memory_bytes
+        asked.setdefault("cublas_workspace", card.cublas_workspace)
     report = plan.make_plan(config, memory, reserve, **asked)
     if as_json:
         print(json.dumps(_to_json(report), indent=2))
@@ -58,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--reserve",
         type=as_argument(parse_size),
         metavar="SIZE",
-        help="kept free for the CUDA context and the allocator (2.25 GiB and 2.5 %% of the memory)",
+        help="kept free for the CUDA context and the allocator (2.75 GiB and 1.9 %% of the memory)",
     )
     add_training_options(parser)
     return parser
@@ -117,6 +119,7 @@ def _verdict(config: str, report: dict[str, Any]) -> list[str]:
     lines += [
         "largest batch: " + (f"{rows:,}" if rows else "none, not even 1 row fits"),
         "longest rows: " + (f"{tokens:,} tokens" if tokens else "none, not even 1 token fits"),
+        *(f"note: {note}" for note in report["notes"]),
     ]
     if report["ways"]:
         lines += ["", "ways that would fit, cheapest first:"]

@@ -61,7 +61,7 @@ class Row:
 
     name: str
     group: str
-    """`bar`, `held out` or `sharded`; see data/README.md."""
+    """`bar`, `held out`, `once held out` or `sharded`; see data/README.md."""
     model: str
     gpu: str
     options: Mapping[str, Any]
@@ -71,7 +71,7 @@ class Row:
     file: str
     versions: Mapping[str, str]
     note: str | None = None
-    """What that version kept and the estimate does not count."""
+    """What is special about that version."""
     tokens_per_second: float | None = None
     """Of one device, as the Trainer logged it."""
     device_used_bytes: int | None = None

@@ -188,6 +188,20 @@ def weight_terms(arch: Architecture, options: Options) -> list[Term]:
     ]
 
 
+def buffer_terms(arch: Architecture, options: Options) -> list[Term]:
+    """Tables that older models kept beside their weights; no sharding divides them."""
+    if not (options.tables_per_layer and arch.made_for):
+        return []
+    width, positions = DTYPES[options.dtype], arch.made_for
+    return term(
+        "tables of all positions in each layer",
+        2 * arch.layers * positions * arch.head_dim * width,
+        f"2 x {width} B x {arch.layers} layers x {positions:,} positions x {arch.head_dim}",
+        "transformers' MistralRotaryEmbedding._set_cos_sin_cache of early 2024",
+        MEASURED,
+    )
+
+
 def trained_terms(arch: Architecture, options: Options) -> list[Term]:
     """What the method adds to the base model: adapters or soft prompts."""
     if not options.is_peft:
@@ -220,7 +234,7 @@ def state_bytes(parameters: Iterable[Parameter], options: Options, width: int) -
     held = paged = 0
     eight_bit = False
     for parameter in parameters:
-        n = parameter.size
+        n, constants = parameter.size, 0
         if options.optimizer == "adamw":
             one = 2 * n * width
         elif options.optimizer == "adafactor":
@@ -230,12 +244,13 @@ def state_bytes(parameters: Iterable[Parameter], options: Options, width: int) -
         elif n < SMALLEST_8_BIT or parameter.embedding:
             one = 2 * n * FP32
         else:
-            one = 2 * (n + FP32 * math.ceil(n / OPTIMIZER_BLOCK))
+            one, constants = 2 * n, 2 * FP32 * math.ceil(n / OPTIMIZER_BLOCK)
             eight_bit = True
         if options.optimizer.startswith("paged") and n >= SMALLEST_PAGED:
             paged += one * parameter.copies
+            held += constants * parameter.copies  # bitsandbytes pages the states alone
         else:
-            held += one * parameter.copies
+            held += (one + constants) * parameter.copies
     return held + LEVELS_BYTES * eight_bit, paged
 
 
@@ -246,7 +261,8 @@ STATE_FORMULAS = {
         "bitsandbytes' blockwise states; transformers.Trainer keeps embeddings in fp32",
     ),
     "paged-adamw-8bit": (
-        "as adamw-8bit; tensors of 100,000 numbers or more are managed memory, not allocated",
+        "as adamw-8bit; states of 100,000 numbers or more are managed memory, not allocated, and "
+        "their constants stay",
         "bitsandbytes' paged states",
     ),
     "sgd": ("no state without momentum", "torch.optim.SGD"),

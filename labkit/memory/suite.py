@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as TookTooLong
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +28,7 @@ from labkit.errors import LabkitError
 from labkit.files import write_atomic
 from labkit.memory.cases import Case, cases, config
 from labkit.memory.gpus import reserve_bytes
-from labkit.memory.measurement import Compared, measure
+from labkit.memory.measurement import Compared, device_options, measure
 from labkit.memory.measurement import predict as predict_step
 from labkit.memory.reference import memory_dir
 
@@ -78,10 +78,16 @@ def read_results(file: Path) -> Results:
 
 
 def describe_machine(device: str) -> tuple[str, dict[str, Any]]:
-    """(short name of the device for a file, what it is), without names of hosts or people."""
+    """(short name of the device for a file, what it is), without names of hosts or people.
+
+    Raises:
+        LabkitError: torch finds no CUDA device.
+    """
     if device == "cpu":
         about = {"processor": _processor(), "memory_bytes": psutil.virtual_memory().total}
         return "cpu", about
+    if not torch.cuda.is_available():
+        raise LabkitError("torch finds no CUDA device here: run it on a machine that has one")
     gpu = torch.cuda.get_device_properties(0)
     about = {
         "gpu": gpu.name,
@@ -125,7 +131,7 @@ def measure_case(case: Case, device: str) -> dict[str, Any]:
     try:
         found = measure(where, **case.options, device=device)
     except Exception as error:  # whatever it was, the other cases go on
-        return row | {"error": f"{type(error).__name__}: {_first_line(error)}"}
+        return row | {"error": f"{type(error).__name__}: {first_line(error)}"}
     values = found.to_json()
     kept = ("phase", "predicted_phase", "phases", "reserved_bytes", "device_used_bytes",
             "process_bytes")  # fmt: skip
@@ -143,11 +149,12 @@ def head(case: Case, device: str) -> dict[str, Any]:
         "group": case.group,
         "model": case.model,
         "config": config(case.model),
-        "options": {**case.options, "device": device},
+        "options": {**case.options, **device_options(device)},
     }
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the rest of a long message."""
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
@@ -227,8 +234,13 @@ def run_suite(
     file = out or default_file(device, quick)
     results = Results(name, about, versions())
     wanted = [case for case in cases(device) if case.quick or not quick]
+    known = {case.name: case for case in cases(device)}
     if file.exists():
-        kept = _kept(read_results(file), results, device)
+        kept = kept_rows(
+            read_results(file),
+            results,
+            lambda row: row["name"] in known and same_case(row, head(known[row["name"]], device)),
+        )
         results.rows = {name: with_prediction(row) for name, row in kept.items()}
     worker = Worker() if measure_one is None and device == "cuda" else None
     start = time.monotonic()
@@ -239,12 +251,12 @@ def run_suite(
             row = _row(case, device, about["memory_bytes"], measure_one or worker or measure_case)
             results.rows[case.name] = with_prediction(row)
             results.date = datetime.now(UTC).date().isoformat()
-            _write(file, results, device)
+            write_results(file, results, known)
             say(_line(number, len(wanted), results.rows[case.name], time.monotonic() - start))
     finally:
         if worker is not None:
             worker.close()
-    _write(file, results, device)
+    write_results(file, results, known)
     return results
 
 
@@ -254,8 +266,19 @@ def versions() -> dict[str, str]:
     return {name: machine.versions()[name] for name in names}
 
 
-def _kept(before: Results, now: Results, device: str) -> dict[str, dict[str, Any]]:
-    """Rows that need not be measured again."""
+def kept_rows(
+    before: Results, now: Results, still_wanted: Callable[[dict[str, Any]], bool]
+) -> dict[str, dict[str, Any]]:
+    """Rows of a file that need not be measured again; `now` takes their date.
+
+    Args:
+        before: what the file holds.
+        now: this device and these versions.
+        still_wanted: whether a row without an error is of a case as it is today.
+
+    Raises:
+        LabkitError: the file holds another device's rows.
+    """
     if before.device != now.device:
         raise LabkitError(
             f"the file holds measurements of {before.device}, and this is {now.device}: name "
@@ -264,15 +287,13 @@ def _kept(before: Results, now: Results, device: str) -> dict[str, dict[str, Any
     if before.versions != now.versions:
         return {}
     now.date = before.date
-    known = {case.name: case for case in cases(device)}
     return {
-        name: row
-        for name, row in before.rows.items()
-        if name in known and "error" not in row and _same(row, head(known[name], device))
+        name: row for name, row in before.rows.items() if "error" not in row and still_wanted(row)
     }
 
 
-def _same(row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+def same_case(row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a row was measured on the model and under the options that its case has today."""
     return all(row.get(name) == wanted[name] for name in ("config", "options"))
 
 
@@ -284,9 +305,11 @@ def _row(case: Case, device: str, memory_bytes: int, measure_one: Measure) -> di
     return measure_one(case, device)
 
 
-def _write(file: Path, results: Results, device: str) -> None:
-    order = {case.name: number for number, case in enumerate(cases(device))}
-    results.rows = dict(sorted(results.rows.items(), key=lambda item: order[item[0]]))
+def write_results(file: Path, results: Results, order: Iterable[str]) -> None:
+    """Write all rows, those named in `order` first and in that order."""
+    place = {name: number for number, name in enumerate(order)}
+    listed = sorted(results.rows.items(), key=lambda item: place.get(item[0], len(place)))
+    results.rows = dict(listed)
     write_atomic(file, results.to_text().encode())
 
 

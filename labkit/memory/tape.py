@@ -229,11 +229,12 @@ class Tape:
             _pass_back(operation, pending)
         return _alive(pending)
 
-    def backward(self, inherited_bytes: float = 0) -> Climb:
+    def backward(self, inherited_bytes: float = 0, accumulates: bool = False) -> Climb:
         """Walk back over the tape, freeing what was kept, and find the highest moment.
 
         Args:
             inherited_bytes: alive all the time, such as the result of a recomputed layer.
+            accumulates: a weight's gradient is added to that of an earlier pass, and goes.
         """
         uses: dict[int, int] = {}
         alive: dict[int, Value] = {}
@@ -250,7 +251,7 @@ class Tape:
         best, weights = None, 0.0
         for operation in reversed(self._operations):
             before, made = _pass_back(operation, pending)
-            weights += operation.weight_gradient
+            weights = operation.weight_gradient + (0 if accumulates else weights)
             gradients = inherited_bytes + before + made + operation.scratch
             now = kept_bytes + gradients + weights
             if best is None or now > best[0]:

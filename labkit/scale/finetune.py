@@ -50,7 +50,13 @@ class StepLines(TrainerCallback):
 
 @record  # a failing rank leaves its exception where torchrun reads it
 def main() -> None:
-    train()
+    end(train())
+
+
+def end(trainer: SFTTrainer) -> None:
+    """Leave together: gloo aborts a rank whose neighbour is gone while the two are connected."""
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def train(arguments: Sequence[str] | None = None) -> SFTTrainer:

@@ -169,7 +169,8 @@ def choose(
     """
     gpu = gpus.find(card)
     config = load_config(model)
-    given = {"loss_path": "fused", **options, "method": method, "seq_len": seq_len}
+    own = {"loss_path": "fused", "cublas_workspace": gpu.cublas_workspace}
+    given = {**own, **options, "method": method, "seq_len": seq_len}
     refused: list[str] = []
     for configuration in ORDER:
         wanted = {**given, **_precision(method, configuration), **configuration.options}
