@@ -745,9 +745,17 @@ def test_gemma_3_has_a_window_in_all_layers_but_each_sixth():
     assert [read(gemma).local_layers(*span) for span in ((), (5,), (6, 7), (5, 6))] == [6, 1, 1, 0]
     assert read({**gemma, "sliding_window_pattern": 3}).local_layers() == 5
     assert read({**gemma, "sliding_window": None}).local_layers() == 0
-    listed = {**gemma, "layer_types": ["sliding_attention", "full_attention"] * 3 + ["x"]}
+    kinds = ["sliding_attention", "full_attention"] * 3 + ["full_attention"]
+    listed = {**gemma, "layer_types": kinds}
     assert read(listed).local_layers() == 3 and read(listed).local_layers(3) == 1
-    every_second = {**gemma, "model_type": "gemma2"}
+    for wrong, said in (
+        (kinds[:3], "layer_types has 3 entries, and num_hidden_layers is 7"),
+        ([*kinds[:6], "x"], "give a list of sliding_attention and full_attention"),
+        ("sliding_attention", "give a list of sliding_attention and full_attention"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read({**gemma, "layer_types": wrong})
+    every_second = {**gemma, "model_type": "gemma2", "sliding_window_pattern": 0}
     assert read(every_second).local_layers() == 4 and read(MISTRAL).local_layers() == 32
     assert read({**MISTRAL, "model_type": "qwen2", "sliding_window": 8}).local_layers() == 0
     kept = [

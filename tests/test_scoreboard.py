@@ -172,6 +172,13 @@ def test_labkit_wins_on_peaks_and_says_which_rows_it_had_seen(board):
     assert "its worst -1.10%" in words
 
 
+def test_readme_says_the_same_of_labkit(board):
+    first = next(score for score in board.scores() if score.kind == PEAK)
+    readme = (paths.root() / "README.md").read_text(encoding="utf-8")
+    row = f"| `labkit estimate` | {first.rows} | {first.median:.2%} | {first.worst:+.1%} |"
+    assert row.replace("%", " %") in readme
+
+
 def test_every_tool_says_what_it_counts(board):
     assert {e.tool for e in board.entries} == set(COUNTS)
     assert any("mixed precision" in note for note in board.notes)

@@ -266,6 +266,7 @@ _WINDOWS = {
 }  # fmt: skip
 """Families with local attention -> (window of a config without one, layers of which the last has
 none): as transformers' configuration classes have them."""
+_LAYER_TYPES = ("sliding_attention", "full_attention")
 _OUTER = ("tie_word_embeddings", "torch_dtype", "dtype")
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -316,13 +317,32 @@ class _Config:
             return {}
         usual, full_every = _WINDOWS[self.model_type]
         window = self.optional("sliding_window") if "sliding_window" in self.values else usual
-        kinds = self.values.get("layer_types") if full_every else None
-        listed = kinds if isinstance(kinds, list) else []
+        if not full_every:
+            return {"window": window}
+        if self.model_type.startswith("gemma3"):  # Gemma 2 does not read it
+            full_every = self.size("sliding_window_pattern", full_every)
         return {
             "window": window,
-            "full_every": full_every and self.size("sliding_window_pattern", full_every),
-            "listed_local": tuple(kind == "sliding_attention" for kind in listed),
+            "full_every": full_every,
+            "listed_local": tuple(kind == "sliding_attention" for kind in self.layer_types()),
         }
+
+    def layer_types(self) -> list[str]:
+        """The kind of each layer's attention; empty where the config lists none."""
+        kinds = self.values.get("layer_types")
+        if kinds is None:
+            return []
+        if not isinstance(kinds, list) or not set(map(str, kinds)) <= set(_LAYER_TYPES):
+            raise ValueError(
+                f"config: layer_types={shown(kinds)}: give a list of {' and '.join(_LAYER_TYPES)}"
+            )
+        layers = self.size("num_hidden_layers")
+        if len(kinds) != layers:
+            raise ValueError(
+                f"config: layer_types has {len(kinds)} entries, and num_hidden_layers is {layers}: "
+                "give one for each layer"
+            )
+        return kinds
 
     def common(self, tied: bool) -> dict[str, Any]:
         """Fields that every family reads alike; `tied` is the family's own default."""

@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="labkit estimate",
         description=(
             "Predict the peak memory of a training step on one device from a config.json: every "
-            "term with its formula, its source, and how sure it is. Takes milliseconds."
+            "term with its formula and how sure it is; --json has sources, too. Takes milliseconds."
         ),
         epilog="example: labkit estimate config.json --method qlora --batch-size 4 --seq-len 2048",
     )
