@@ -506,26 +506,3 @@ def test_command_says_what_is_missing_in_one_line(asked, status, said, capsys):
     assert cli.main(["measure", *asked]) == status
     text = capsys.readouterr().err
     assert said in text and len(text.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        (["--limit"], "name a CONFIG, or --suite"),
-        (["bundled", "--limit", "--out", "x"], "or --limits, which has --out"),
-        (["bundled", "--limit", "--batch-size", "4"], "grows the batch itself: leave out --batch"),
-        (["bundled", "--gpu", "L4"], "--gpu belongs to --limit"),
-        (["bundled", "--gpu", ""], "--gpu belongs to --limit"),
-        (["bundled", "--limits"], "--limits has its own list: leave out CONFIG"),
-        (["--limits", "--gpu", "L4"], "--limits has its own list: leave out --gpu"),
-        (["--suite", "--gpu", "L4"], "--suite has its own list: leave out --gpu"),
-        (["--limits", "--quick"], "--limits has its own list: leave out --quick"),
-        (["--limits", "--device", "cuda"], "--limits has its own list: leave out --device"),
-        (["--limits", "--suite"], "not allowed with argument"),
-    ],
-    ids=str,
-)
-def test_command_used_wrongly(asked, said, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["measure", *asked])
-    assert caught.value.code == 2 and said in capsys.readouterr().err

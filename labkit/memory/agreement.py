@@ -16,7 +16,6 @@ from labkit.memory.closed_form import MemoryEstimate, build_options, estimate, l
 from labkit.memory.loss import FP32, predicted_tokens
 from labkit.memory.options import Options, needs_mask
 from labkit.memory.phases import LOSS, SUMMED, Step
-from labkit.memory.state import trained_width
 from labkit.memory.terms import total
 from labkit.memory.tracing import ModuleBytes, TraceEstimate, trace
 from labkit.memory.units import size_text
@@ -172,7 +171,7 @@ def _sum_in_place(
     step = Step(arch, options)
     if not (step.sums_in_place and options.method == "full" and arch.tied):
         return None
-    copy = trained_width(options) * arch.vocabulary * arch.hidden
+    copy = step.end_gradient_bytes
     summed = max(moment.bytes for moment in step.moments() if moment.what == SUMMED)
     if summed + copy <= closed.peak_allocated_bytes:
         return None

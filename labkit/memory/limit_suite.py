@@ -11,10 +11,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -196,16 +194,15 @@ def run_limits(
             ),
         )
         results.rows = {name: with_plan(row) for name, row in kept.items()}
-    start = time.monotonic()
-    for number, case in enumerate(wanted.values(), 1):
-        if case.name in results.rows:
-            continue
-        row = results.rows[case.name] = _row(case, about["memory_bytes"], run)
-        results.date = datetime.now(UTC).date().isoformat()
-        suite.write_results(file, results, wanted)
-        seconds = time.monotonic() - start
-        say(f"{number:>3} of {len(wanted)}, {seconds:.0f} s: {case.name}: {_said(row)}")
-    suite.write_results(file, results, wanted)
+    suite.fill(
+        file,
+        results,
+        wanted,
+        wanted,
+        lambda case: _row(case, about["memory_bytes"], run),
+        _said,
+        say,
+    )
     return results
 
 

@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from labkit.memory.architecture import EXPERTS, LARGEST, ROUTER, Architecture, Matrix, shown
+from labkit.memory.gpus import BEFORE_HOPPER
 
 METHODS = ("full", "freeze", "lora", "qlora", "prompt", "p-tuning", "prefix")
 OBJECTIVES = ("sft", "dpo")
@@ -69,7 +70,7 @@ class Options:
     sharding: str = "none"
     offload: str = "none"
     device: str = "cuda"
-    cublas_workspace: int = 8_519_680
+    cublas_workspace: int = BEFORE_HOPPER
     """Bytes that cuBLAS keeps to work in for each thread that multiplies: 33,554,432 from Hopper
     on; see `labkit.memory.gpus`."""
 

@@ -310,20 +310,24 @@ class Step:
         cast = options.autocast and trained_width(options) == FP32
         return cast and options.device == "cuda"
 
+    @property
+    def end_gradient_bytes(self) -> int:
+        """Of the gradient of the embedding, or of the output head."""
+        return trained_width(self.options) * self.arch.vocabulary * self.arch.hidden
+
     def _tied_head_waits(self) -> list[Term]:
         """A tied matrix gets a gradient from the head and one from the embedding.
 
         Their sum is added to what earlier passes left when both are known: until then the head's
         waits beside it. In the first pass it is counted as the gradient itself.
         """
-        options, arch = self.options, self.arch
-        if not (self.accumulates and options.method == "full" and arch.tied):
+        options = self.options
+        if not (self.accumulates and options.method == "full" and self.arch.tied):
             return []
-        width = trained_width(options)
         return term(
             "gradient of the tied head, until the embedding's comes",
-            width * arch.vocabulary * arch.hidden,
-            f"{width} B x V x h",
+            self.end_gradient_bytes,
+            f"{trained_width(options)} B x V x h",
             AUTOGRAD,
         )
 
@@ -583,8 +587,7 @@ class Step:
     def _head_backward(self) -> Moment:
         arch, options = self.arch, self.options
         tokens, width = options.tokens, self.logits_width
-        trained = arch.vocabulary * arch.hidden * trained_width(options)
-        made = trained if options.method == "full" else 0
+        made = self.end_gradient_bytes if options.method == "full" else 0
         logits = 0 if options.loss_path == "fused" else width * tokens * arch.vocabulary
         return self._moment(
             LOSS,
@@ -711,8 +714,7 @@ class Step:
         arch, options = self.arch, self.options
         if options.method != "full":
             return []
-        of_embedding = arch.vocabulary * arch.hidden * trained_width(options)
-        again = of_embedding * arch.tied
+        again = self.end_gradient_bytes * arch.tied
         reaching = term(
             "gradient of the first layer's input",
             options.tokens * arch.hidden * self.first_width,
@@ -721,7 +723,9 @@ class Step:
         )
         second = term("second gradient of the tied embedding", again, "w B x V x h", AUTOGRAD)
         if self.accumulates and not arch.tied:
-            second = term("gradient of the embedding", of_embedding, "w B x V x h", AUTOGRAD)
+            second = term(
+                "gradient of the embedding", self.end_gradient_bytes, "w B x V x h", AUTOGRAD
+            )
         sums = 1 if self.sums_in_place else 2
         both = term("second gradient and the sum", sums * again, f"{sums} x w B x V x h", AUTOGRAD)
         waiting = self._waiting_in_root(embedding=True)

@@ -204,8 +204,7 @@ def _longest_row(planner: Planner) -> int:
     if planner.arch.positions is not None:
         virtual = planner.options.keys - planner.options.seq_len
         return max(1, planner.arch.positions - virtual)
-    made_for = planner.values.get("max_position_embeddings")
-    return made_for if isinstance(made_for, int) and made_for > 0 else MOST_TOKENS
+    return planner.arch.made_for or MOST_TOKENS
 
 
 def _largest(holds: Callable[[int], bool], most: int) -> int | None:

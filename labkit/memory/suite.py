@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -33,6 +33,7 @@ from labkit.memory.measurement import predict as predict_step
 from labkit.memory.reference import memory_dir
 
 Say = Callable[[str], None]
+AnyCase = TypeVar("AnyCase")
 Measure = Callable[[Case, str], dict[str, Any]]
 SECONDS_PER_CASE = 180
 """A case that takes longer is given up."""
@@ -233,8 +234,8 @@ def run_suite(
     name, about = describe_machine(device)
     file = out or default_file(device, quick)
     results = Results(name, about, versions())
-    wanted = [case for case in cases(device) if case.quick or not quick]
     known = {case.name: case for case in cases(device)}
+    wanted = [case for case in known.values() if case.quick or not quick]
     if file.exists():
         kept = kept_rows(
             read_results(file),
@@ -243,21 +244,46 @@ def run_suite(
         )
         results.rows = {name: with_prediction(row) for name, row in kept.items()}
     worker = Worker() if measure_one is None and device == "cuda" else None
-    start = time.monotonic()
+    work = measure_one or worker or measure_case
+
+    def make(case: Case) -> dict[str, Any]:
+        return with_prediction(_row(case, device, about["memory_bytes"], work))
+
     try:
-        for number, case in enumerate(wanted, 1):
-            if case.name in results.rows:
-                continue
-            row = _row(case, device, about["memory_bytes"], measure_one or worker or measure_case)
-            results.rows[case.name] = with_prediction(row)
-            results.date = datetime.now(UTC).date().isoformat()
-            write_results(file, results, known)
-            say(_line(number, len(wanted), results.rows[case.name], time.monotonic() - start))
+        fill(file, results, {case.name: case for case in wanted}, known, make, _said, say)
     finally:
         if worker is not None:
             worker.close()
-    write_results(file, results, known)
     return results
+
+
+def fill(
+    file: Path,
+    results: Results,
+    wanted: Mapping[str, AnyCase],
+    order: Iterable[str],
+    make: Callable[[AnyCase], dict[str, Any]],
+    said: Callable[[Mapping[str, Any]], str],
+    say: Say,
+) -> None:
+    """Make the rows that are missing, and write the file after each.
+
+    Args:
+        wanted: name -> case.
+        order: as for `write_results`.
+        make: the row of a case.
+        said: what a line of progress says of a row.
+    """
+    start = time.monotonic()
+    for number, (name, case) in enumerate(wanted.items(), 1):
+        if name in results.rows:
+            continue
+        row = results.rows[name] = make(case)
+        results.date = datetime.now(UTC).date().isoformat()
+        write_results(file, results, order)
+        seconds = time.monotonic() - start
+        say(f"{number:>3} of {len(wanted)}, {seconds:.0f} s: {name}: {said(row)}")
+    write_results(file, results, order)
 
 
 def versions() -> dict[str, str]:
@@ -313,11 +339,9 @@ def write_results(file: Path, results: Results, order: Iterable[str]) -> None:
     write_atomic(file, results.to_text().encode())
 
 
-def _line(number: int, of: int, row: Mapping[str, Any], seconds: float) -> str:
-    said = row.get("error")
-    if not said:
-        said = ", ".join(
-            f"{name} {round(row['errors'][name], 4) + 0:+.2%}"
-            for name in ("peak", "saved activations")
-        )
-    return f"{number:>3} of {of}, {seconds:.0f} s: {row['name']}: {said}"
+def _said(row: Mapping[str, Any]) -> str:
+    if "error" in row:
+        return row["error"]
+    return ", ".join(
+        f"{name} {round(row['errors'][name], 4) + 0:+.2%}" for name in ("peak", "saved activations")
+    )
